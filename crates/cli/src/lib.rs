@@ -1,0 +1,1 @@
+//! Batch-invariant LLM inference: the bitfast command and its library.

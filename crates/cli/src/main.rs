@@ -1,0 +1,2 @@
+//! The `bitfast` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The step loop: scheduler, model runner and sampler behind a thread-safe handle; token ids only.

@@ -1,0 +1,1 @@
+//! The offline API: LLM, SamplingParams, RequestOutput and streams.

@@ -1,0 +1,1 @@
+//! Continuous batching, paged KV blocks and the prefix cache as pure state.

@@ -1,0 +1,1 @@
+//! Cross-crate tests: law, simulation, golden, bad input.
