@@ -18,4 +18,4 @@ pub use batch::{BatchInputs, SeqInput};
 pub use contract::Class;
 pub use dtype::{Dtype, HostTensor};
 pub use half::bf16;
-pub use sampling::{BitMask, LogprobsRow, RowChoice, RowParams, RowSample, SampleRow, Sampled};
+pub use sampling::{BitMask, LogprobsRow, RowChoice, RowFault, RowParams, RowSample, SampleRow, Sampled};

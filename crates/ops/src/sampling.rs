@@ -102,11 +102,22 @@ pub struct LogprobsRow {
     pub top: Vec<(u32, f32)>,
 }
 
+/// Why a row has no answer; other rows of the step are unaffected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RowFault {
+    /// A logit of the row is NaN.
+    #[error("the model produced NaN logits")]
+    NanLogits,
+    /// The allowed mask and the forbidden tokens leave no token with a finite logit.
+    #[error("no token may be chosen: the allowed and forbidden tokens leave none")]
+    NothingAllowed,
+}
+
 /// The answer to one [`SampleRow`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowSample {
-    /// The chosen token; for a row that was only scored, the scored token.
-    pub token: u32,
+    /// The chosen token; for a row that was only scored, the scored token. A fault concerns this row alone.
+    pub token: Result<u32, RowFault>,
     /// Present when asked for.
     pub logprobs: Option<LogprobsRow>,
 }
