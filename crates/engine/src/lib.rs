@@ -3,9 +3,25 @@
 //! Architecture invariant: below this crate nothing reads a clock; this crate reads it only through
 //! its injected clock. It knows no text.
 
-mod request;
+#![forbid(unsafe_code)]
 
+mod clock;
+mod config;
+mod handle;
+mod request;
+mod shared;
+mod stats;
+mod validate;
+
+pub use bitfast_scheduler::Policy;
+pub use clock::{Clock, SystemClock, VirtualClock};
+pub use config::{EngineConfig, EngineInfo, MAX_LOGIT_BIAS, MAX_SAMPLES, MAX_WORDS, system_fingerprint};
+pub use handle::{
+    EngineHandle, Health, RequestGuard, RequestStream, Shutdown, SleepLevel, TryEvent, UnsupportedSleep,
+};
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
-    TokenLogprobs,
+    TokenLogprobs, sample_seed,
 };
+pub use shared::EventSink;
+pub use stats::{EngineStats, StepRecord};

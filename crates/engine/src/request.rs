@@ -38,7 +38,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// (0, 2].
     pub repetition_penalty: f32,
-    /// Key of the random stream; drawn at admission when missing, and reported.
+    /// Key of the random stream ([`sample_seed`] derives each sample's); drawn at admission when missing, and
+    /// reported.
     pub seed: Option<u64>,
     /// Most tokens to generate (clamped to the context); 0 only scores the prompt.
     pub max_tokens: u32,
@@ -118,9 +119,34 @@ pub enum SubmitError {
     /// A live request has this id.
     #[error("request id {0:?} is already in use")]
     DuplicateId(String),
+    /// The prompt and `max_tokens` exceed the whole KV cache.
+    #[error("the request may need {needed_tokens} tokens of KV cache, but the cache holds {cache_tokens}")]
+    NeverFits {
+        /// Prompt and `max_tokens`.
+        needed_tokens: usize,
+        /// The whole cache.
+        cache_tokens: usize,
+    },
     /// The engine has stopped or failed.
     #[error("the engine is not running: {0}")]
     Dead(String),
+}
+
+/// The random key of sample `index` of a request with `seed`: the seed itself for sample 0, else
+/// splitmix64 of `seed + index * 0x9E3779B97F4A7C15`. Part of the numerics contract.
+pub fn sample_seed(seed: u64, index: u32) -> u64 {
+    match index {
+        0 => seed,
+        _ => splitmix64(seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15))),
+    }
+}
+
+/// Steele, Lea and Flood's finaliser ("Fast splittable pseudorandom number generators", 2014).
+pub(crate) fn splitmix64(x: u64) -> u64 {
+    let z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 /// Why a sample ended.
@@ -150,7 +176,7 @@ pub struct TokenLogprobs {
 /// What a live request reports, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// The request was taken up; once, first.
+    /// The request was taken up; once, first (absent only when it ended before that).
     Started {
         /// The seed in use (drawn when none was given).
         seed: u64,
@@ -159,7 +185,7 @@ pub enum Event {
     },
     /// Logprobs of prompt positions 1.., once, before the first token, when asked for.
     PromptLogprobs(Vec<TokenLogprobs>),
-    /// One generated token.
+    /// One generated token; an end token is reported too, before `Finished`.
     Token {
         /// Sample index, below `n`.
         index: u32,
@@ -177,7 +203,7 @@ pub enum Event {
         /// The end token, when one of `stop_token_ids` ended it.
         stop_token: Option<u32>,
     },
-    /// The engine failed; no more events follow.
+    /// The request or the whole engine failed; no more events follow.
     Failed(String),
     /// All samples have ended; the last event.
     Done(RequestMetrics),

@@ -1,0 +1,315 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use crate::config::EngineInfo;
+use crate::request::{EngineRequest, Event, SubmitError};
+use crate::shared::{Command, EventSink, Life, RequestKey, Shared, Submission};
+use crate::stats::{EngineStats, StepRecord};
+use crate::validate::validate;
+
+/// The door to an engine, from any thread. Clones share the engine; when the last one is gone the engine
+/// finishes its live requests and ends.
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+}
+
+/// How deep an engine sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SleepLevel {
+    /// 0: no steps; requests are accepted and queue; caches stay.
+    Pause,
+    /// 1: the KV cache is dropped too, running requests will be recomputed, and weights go to the host.
+    OffloadWeights,
+    /// 2: weights are dropped as well.
+    DropWeights,
+}
+
+/// The device cannot sleep that deeply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("sleep level {0:?} is not supported on this device")]
+pub struct UnsupportedSleep(pub SleepLevel);
+
+/// Whether an engine can serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It takes requests.
+    Serving,
+    /// It finishes what it has.
+    Stopping,
+    /// It has ended, for this reason.
+    Dead(String),
+}
+
+/// What [`EngineHandle::shutdown`] does with live requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    /// They finish; those that have not at the timeout are aborted.
+    Finish,
+    /// They are aborted.
+    Abort,
+}
+
+impl EngineHandle {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        shared.handles.fetch_add(1, Ordering::AcqRel);
+        Self { shared }
+    }
+
+    /// Checks and queues a request. Its events come through the stream; dropping the stream aborts it.
+    ///
+    /// A slow reader never stalls the engine: events are buffered, and there are at most
+    /// `n * (max_tokens + 1) + 3` of them.
+    pub fn submit(&self, request: EngineRequest) -> Result<RequestStream, SubmitError> {
+        let (sender, events) = mpsc::channel();
+        // A send fails only after the stream was dropped, which aborts the request anyway.
+        let guard = self.submit_with(request, Box::new(move |event| drop(sender.send(event))))?;
+        Ok(RequestStream { events, guard, ended: false })
+    }
+
+    /// As [`EngineHandle::submit`], with events handed to `sink` on the engine thread: the door for async
+    /// callers (send into an unbounded channel there). Dropping the guard aborts the request.
+    pub fn submit_with(&self, request: EngineRequest, sink: EventSink) -> Result<RequestGuard, SubmitError> {
+        let info = &self.shared.info;
+        let request = validate(request, info)?;
+        let at = self.shared.clock.now();
+        let mut inbox = self.shared.inbox();
+        match &inbox.life {
+            Life::Running => {}
+            Life::Finishing | Life::Aborting => {
+                return Err(SubmitError::Dead("it is shutting down".to_owned()));
+            }
+            Life::Dead(reason) => return Err(SubmitError::Dead(reason.clone())),
+        }
+        if inbox.live.contains_key(&request.id) {
+            return Err(SubmitError::DuplicateId(request.id));
+        }
+        if inbox.queued >= info.config.max_queued {
+            return Err(SubmitError::QueueFull { limit: info.config.max_queued });
+        }
+        let key = inbox.new_key();
+        let id = request.id.clone();
+        inbox.queued += 1;
+        inbox.live.insert(id.clone(), key);
+        inbox.commands.push_back(Command::Submit(Submission { key, request, sink, at }));
+        drop(inbox);
+        self.shared.notify();
+        Ok(RequestGuard { shared: Arc::clone(&self.shared), id, key })
+    }
+
+    /// Aborts the live request `id`: its samples end with [`crate::FinishReason::Abort`]. False if there is none.
+    pub fn abort(&self, id: &str) -> bool {
+        let mut inbox = self.shared.inbox();
+        let Some(&key) = inbox.live.get(id) else { return false };
+        inbox.commands.push_back(Command::Abort(key));
+        drop(inbox);
+        self.shared.notify();
+        true
+    }
+
+    /// No further step starts (one in flight ends); requests are accepted and queue.
+    pub fn pause(&self, level: SleepLevel) -> Result<(), UnsupportedSleep> {
+        if level != SleepLevel::Pause {
+            return Err(UnsupportedSleep(level));
+        }
+        self.set_paused(true);
+        Ok(())
+    }
+
+    /// Steps start again.
+    pub fn resume(&self) {
+        self.set_paused(false);
+    }
+
+    /// Whether scheduling is paused.
+    pub fn is_paused(&self) -> bool {
+        self.shared.inbox().paused
+    }
+
+    /// Forgets every cached prefix, before any request that is submitted later.
+    pub fn reset_prefix_cache(&self) {
+        self.shared.inbox().commands.push_back(Command::ResetPrefixCache);
+        self.shared.notify();
+    }
+
+    /// Counters and gauges. `waiting` is live (also while paused); the rest is as of the last step.
+    pub fn stats(&self) -> EngineStats {
+        let (live, paused) = {
+            let inbox = self.shared.inbox();
+            (inbox.live.len(), inbox.paused)
+        };
+        let stats = *self.shared.stats();
+        EngineStats { waiting: live.saturating_sub(stats.running), paused, ..stats }
+    }
+
+    /// Records of the steps after number `since` that are still kept, oldest first.
+    pub fn step_stats(&self, since: u64) -> Vec<StepRecord> {
+        self.shared.steps().since(since)
+    }
+
+    /// The settled configuration.
+    pub fn info(&self) -> &EngineInfo {
+        &self.shared.info
+    }
+
+    /// The `system_fingerprint` of every answer.
+    pub fn fingerprint(&self) -> &str {
+        &self.shared.info.fingerprint
+    }
+
+    /// Whether the engine can serve.
+    pub fn health(&self) -> Health {
+        match &self.shared.inbox().life {
+            Life::Running => Health::Serving,
+            Life::Finishing | Life::Aborting => Health::Stopping,
+            Life::Dead(reason) => Health::Dead(reason.clone()),
+        }
+    }
+
+    /// Ends the engine and waits for it; true when it ended within `timeout`, without aborting what `how`
+    /// meant to finish. A paused engine does not finish anything: it runs into the timeout.
+    ///
+    /// After the timeout live requests are aborted, which takes effect when the step in flight ends; that is
+    /// not waited for. Only for engines that run on their own thread.
+    pub fn shutdown(&self, how: Shutdown, timeout: Duration) -> bool {
+        let deadline = self.shared.clock.now().saturating_add(timeout);
+        let mut inbox = self.shared.inbox();
+        if !matches!(inbox.life, Life::Dead(_)) {
+            inbox.life = match how {
+                Shutdown::Finish => Life::Finishing,
+                Shutdown::Abort => Life::Aborting,
+            };
+            self.shared.notify();
+        }
+        loop {
+            if matches!(inbox.life, Life::Dead(_)) {
+                return true;
+            }
+            let now = self.shared.clock.now();
+            if now >= deadline {
+                inbox.life = Life::Aborting;
+                self.shared.notify();
+                return false;
+            }
+            inbox = self.shared.wait_for(inbox, deadline - now);
+        }
+    }
+
+    fn set_paused(&self, paused: bool) {
+        self.shared.inbox().paused = paused;
+        self.shared.notify();
+    }
+}
+
+impl Clone for EngineHandle {
+    fn clone(&self) -> Self {
+        Self::new(Arc::clone(&self.shared))
+    }
+}
+
+impl Drop for EngineHandle {
+    fn drop(&mut self) {
+        if self.shared.handles.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // The lock orders this against an engine that is about to wait.
+            drop(self.shared.inbox());
+            self.shared.notify();
+        }
+    }
+}
+
+/// Aborts its request when dropped (nothing happens if that has ended).
+pub struct RequestGuard {
+    shared: Arc<Shared>,
+    id: String,
+    key: RequestKey,
+}
+
+impl RequestGuard {
+    /// The request's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Aborts the request now; its events still come, up to [`Event::Done`].
+    pub fn abort(&self) {
+        let mut inbox = self.shared.inbox();
+        if inbox.live.get(&self.id) == Some(&self.key) {
+            inbox.commands.push_back(Command::Abort(self.key));
+            drop(inbox);
+            self.shared.notify();
+        }
+    }
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
+/// What [`RequestStream::try_recv`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TryEvent {
+    /// The next event.
+    Ready(Event),
+    /// None yet.
+    Pending,
+    /// The last event was taken before.
+    Ended,
+}
+
+/// The events of one request, up to [`Event::Done`] or [`Event::Failed`]. Dropping it aborts the request.
+pub struct RequestStream {
+    events: mpsc::Receiver<Event>,
+    guard: RequestGuard,
+    ended: bool,
+}
+
+impl RequestStream {
+    /// The request's id.
+    pub fn id(&self) -> &str {
+        self.guard.id()
+    }
+
+    /// Waits for the next event; `None` after the last one.
+    pub fn recv(&mut self) -> Option<Event> {
+        if self.ended {
+            return None;
+        }
+        let event = self.events.recv().unwrap_or_else(|_| Event::Failed("the engine is gone".to_owned()));
+        Some(self.note(event))
+    }
+
+    /// The next event if there is one.
+    pub fn try_recv(&mut self) -> TryEvent {
+        if self.ended {
+            return TryEvent::Ended;
+        }
+        match self.events.try_recv() {
+            Ok(event) => TryEvent::Ready(self.note(event)),
+            Err(mpsc::TryRecvError::Empty) => TryEvent::Pending,
+            Err(mpsc::TryRecvError::Disconnected) => {
+                TryEvent::Ready(self.note(Event::Failed("the engine is gone".to_owned())))
+            }
+        }
+    }
+
+    /// Aborts the request; its events still come, up to [`Event::Done`].
+    pub fn abort(&self) {
+        self.guard.abort();
+    }
+
+    fn note(&mut self, event: Event) -> Event {
+        self.ended = matches!(event, Event::Done(_) | Event::Failed(_));
+        event
+    }
+}
+
+impl Iterator for RequestStream {
+    type Item = Event;
+
+    fn next(&mut self) -> Option<Event> {
+        self.recv()
+    }
+}

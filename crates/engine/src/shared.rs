@@ -1,0 +1,132 @@
+//! What the handles and the engine thread share: the inbox, the lifecycle and the published figures.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::config::EngineInfo;
+use crate::request::{EngineRequest, Event};
+use crate::stats::{EngineStats, StepRing};
+
+/// Where a request's events go. Called on the engine thread: it must not block.
+pub type EventSink = Box<dyn FnMut(Event) + Send>;
+
+/// Names a submission for the engine's lifetime, unlike a request id, which may come again.
+pub(crate) type RequestKey = u64;
+
+/// What handles ask of the engine, in arrival order.
+pub(crate) enum Command {
+    Submit(Submission),
+    Abort(RequestKey),
+    ResetPrefixCache,
+}
+
+pub(crate) struct Submission {
+    pub(crate) key: RequestKey,
+    pub(crate) request: EngineRequest,
+    pub(crate) sink: EventSink,
+    /// When it was submitted.
+    pub(crate) at: Duration,
+}
+
+/// The engine's life, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    Running,
+    /// No new requests; live ones finish.
+    Finishing,
+    /// No new requests; live ones are aborted.
+    Aborting,
+    /// The loop has ended, with the reason.
+    Dead(String),
+}
+
+pub(crate) struct Inbox {
+    pub(crate) commands: VecDeque<Command>,
+    /// Live requests by id.
+    pub(crate) live: BTreeMap<String, RequestKey>,
+    /// Live requests that have not started.
+    pub(crate) queued: usize,
+    pub(crate) life: Life,
+    pub(crate) paused: bool,
+    next_key: RequestKey,
+}
+
+pub(crate) struct Shared {
+    inbox: Mutex<Inbox>,
+    /// Signalled when the inbox or the lifecycle changes.
+    changed: Condvar,
+    stats: Mutex<EngineStats>,
+    steps: Mutex<StepRing>,
+    /// Handles in existence; the engine ends when there are none.
+    pub(crate) handles: AtomicUsize,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) info: EngineInfo,
+}
+
+impl Shared {
+    pub(crate) fn new(info: EngineInfo, clock: Arc<dyn Clock>) -> Self {
+        let inbox = Inbox {
+            commands: VecDeque::new(),
+            live: BTreeMap::new(),
+            queued: 0,
+            life: Life::Running,
+            paused: false,
+            next_key: 1,
+        };
+        Self {
+            inbox: Mutex::new(inbox),
+            changed: Condvar::new(),
+            stats: Mutex::new(EngineStats { kv_blocks_total: info.num_blocks, ..EngineStats::default() }),
+            steps: Mutex::new(StepRing::new(info.config.step_records)),
+            handles: AtomicUsize::new(0),
+            clock,
+            info,
+        }
+    }
+
+    /// Every critical section leaves the inbox consistent, so a panicked holder does not spoil it.
+    pub(crate) fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn stats(&self) -> MutexGuard<'_, EngineStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn steps(&self) -> MutexGuard<'_, StepRing> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn notify(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Waits for a change; spurious returns are allowed.
+    pub(crate) fn wait<'a>(&self, inbox: MutexGuard<'a, Inbox>) -> MutexGuard<'a, Inbox> {
+        self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, at most for `timeout`.
+    pub(crate) fn wait_for<'a>(
+        &self,
+        inbox: MutexGuard<'a, Inbox>,
+        timeout: Duration,
+    ) -> MutexGuard<'a, Inbox> {
+        self.changed.wait_timeout(inbox, timeout).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    pub(crate) fn has_handles(&self) -> bool {
+        self.handles.load(Ordering::Acquire) > 0
+    }
+}
+
+impl Inbox {
+    pub(crate) fn new_key(&mut self) -> RequestKey {
+        let key = self.next_key;
+        self.next_key += 1;
+        key
+    }
+}
