@@ -1,0 +1,73 @@
+//! Forward passes, one file per architecture, all generic on the backend.
+//!
+//! To add one: a file with a weights struct whose `build` asks for its tensors and whose `forward` is the layer
+//! loop; a variant of [`Architecture`]; an arm in [`tensor_specs`] and in [`load`].
+
+mod layers;
+mod llama;
+mod qwen3;
+
+use bitfast_ops::{Backend, BackendError, KvLayout};
+
+use crate::load::{Load, Plan};
+use crate::{Architecture, LoadError, LoadOptions, Loaded, ModelConfig, Progress, TensorSpec, WeightSource};
+
+/// A model on a device, with buffers for the largest step.
+pub trait Model<B: Backend>: Send {
+    /// What it is.
+    fn config(&self) -> &ModelConfig;
+
+    /// The sizes it was loaded for.
+    fn options(&self) -> &LoadOptions;
+
+    /// What each layer caches for a token, on this rank.
+    fn kv_layout(&self, block_size: usize) -> KvLayout;
+
+    /// Runs the backend's current batch (see [`Backend::begin`]) through all layers and returns the logits of
+    /// its logit rows, fp32 `[logit rows, vocab]`. The calls it makes depend on nothing else, so that a backend
+    /// may capture and replay them.
+    fn forward(&mut self, be: &mut B, kv: &mut B::Kv) -> Result<&mut B::Tensor, BackendError>;
+
+    /// The logits that the last [`forward`](Model::forward) left; for steps that were replayed.
+    fn logits(&mut self) -> &mut B::Tensor;
+}
+
+/// Every tensor that `config`'s model needs, in the order of loading.
+pub fn tensor_specs(config: &ModelConfig) -> Vec<TensorSpec> {
+    plan(config, 1).jobs.into_iter().flat_map(|job| job.parts).collect()
+}
+
+/// Fetches the weights of `config`'s model from `source`, packs them for `be` and allocates step buffers.
+///
+/// `progress` is called after every packed tensor. Weights are read by `options.threads` threads beside the
+/// calling one, a few tensors ahead; nothing of the source is kept.
+pub fn load<B: Backend>(
+    be: &B,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Loaded<B>, LoadError> {
+    options.check(config)?;
+    let ranks = be.rank().1;
+    layers::check_ranks(config, ranks)?;
+    let plan = plan(config, ranks);
+    crate::load::run(be, source, plan, options.threads, progress, |l: &mut Load<'_, '_, B>| {
+        Ok(match config.architecture {
+            Architecture::Llama => Box::new(llama::Llama::load(be, config, options, l)?) as Box<dyn Model<B>>,
+            Architecture::Qwen3 => Box::new(qwen3::Qwen3::load(be, config, options, l)?),
+        })
+    })
+    .map(|(model, weights)| Loaded { model, weights_digest: weights, config_digest: config.digest() })
+}
+
+/// What loading will ask for, found by building the model's weights from nothing.
+fn plan(config: &ModelConfig, ranks: usize) -> Plan {
+    let mut plan = Plan::new(ranks);
+    let built = match config.architecture {
+        Architecture::Llama => llama::Weights::build(&mut plan, config).map(drop),
+        Architecture::Qwen3 => qwen3::Weights::build(&mut plan, config).map(drop),
+    };
+    built.expect("a plan reads nothing that could fail");
+    plan
+}

@@ -1,0 +1,145 @@
+//! `config.json` as transformers writes it, versions 4 and 5.
+
+use serde_json::Value;
+
+use super::fields::Fields;
+use super::{Architecture, ModelConfig, Rope, RopeScaling};
+use crate::ConfigError;
+
+/// On the roadmap: known by name, so that the error can say so.
+const PLANNED: [&str; 3] = ["Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "DeepseekV3ForCausalLM"];
+
+/// What transformers assumes when `config.json` leaves a field out.
+const DEFAULT_ROPE_THETA: f64 = 10_000.0;
+const DEFAULT_RMS_NORM_EPS: f64 = 1e-6;
+const DEFAULT_MAX_POSITIONS: usize = 2048;
+
+impl ModelConfig {
+    /// Parses the text of a `config.json`; `origin` names the file in errors.
+    pub fn from_hf_json(origin: &str, text: &str) -> Result<Self, ConfigError> {
+        let map = Fields::parse(origin, text)?;
+        let f = Fields::top(origin, &map);
+        let architecture = architecture(&f)?;
+        refuse_what_is_not_run(&f)?;
+        let hidden_size = f.required_count("hidden_size")?;
+        let num_heads = f.required_count("num_attention_heads")?;
+        let head_dim = match f.count("head_dim")? {
+            Some(d) => d,
+            None if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) => {
+                let problem = format!(
+                    "{num_heads} heads do not divide hidden_size {hidden_size}, and head_dim is absent"
+                );
+                return Err(f.invalid("num_attention_heads", problem));
+            }
+            None => hidden_size / num_heads,
+        };
+        ModelConfig {
+            architecture,
+            hidden_size,
+            num_layers: f.required_count("num_hidden_layers")?,
+            num_heads,
+            num_kv_heads: f.count("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim,
+            intermediate_size: f.required_count("intermediate_size")?,
+            vocab_size: f.required_count("vocab_size")?,
+            rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(DEFAULT_RMS_NORM_EPS) as f32,
+            rope: rope(&f)?,
+            max_position_embeddings: f.count("max_position_embeddings")?.unwrap_or(DEFAULT_MAX_POSITIONS),
+            tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: f.token("bos_token_id")?,
+            eos_token_ids: f.tokens("eos_token_id")?,
+        }
+        .validated(origin, str::to_owned)
+    }
+}
+
+fn architecture(f: &Fields<'_>) -> Result<Architecture, ConfigError> {
+    let supported = || Architecture::ALL.map(Architecture::hf_name).join(", ");
+    let origin = f.origin.to_owned();
+    let names = f.get("architectures").ok_or_else(|| f.missing("architectures"))?;
+    let name = match names.as_array().map(Vec::as_slice) {
+        Some([Value::String(name)]) => name.clone(),
+        _ => return Err(f.invalid("architectures", format!("{names} is not a list of one name"))),
+    };
+    match Architecture::ALL.into_iter().find(|a| a.hf_name() == name) {
+        Some(a) => Ok(a),
+        None if PLANNED.contains(&name.as_str()) => {
+            Err(ConfigError::NotYetSupported { origin, name, supported: supported() })
+        }
+        None => Err(ConfigError::UnknownArchitecture { origin, name, supported: supported() }),
+    }
+}
+
+/// Fields whose other values would need arithmetic that the forward passes do not have: refused, not ignored.
+fn refuse_what_is_not_run(f: &Fields<'_>) -> Result<(), ConfigError> {
+    for field in ["attention_bias", "mlp_bias", "use_sliding_window"] {
+        if f.flag(field)?.unwrap_or(false) {
+            return Err(f.invalid(field, "true is not supported"));
+        }
+    }
+    match f.text("hidden_act")? {
+        None | Some("silu") => {}
+        Some(act) => {
+            return Err(f.invalid("hidden_act", format!("{act:?} is not supported; only \"silu\" is")));
+        }
+    }
+    if let Some(factor) = f.number("partial_rotary_factor")?
+        && factor != 1.0
+    {
+        return Err(f.invalid("partial_rotary_factor", format!("{factor} is not supported; only 1 is")));
+    }
+    if f.get("quantization_config").is_some() {
+        return Err(
+            f.invalid("quantization_config", "quantised safetensors are not supported; GGUF files are")
+        );
+    }
+    // "torch_dtype" in version 4, "dtype" in version 5. Every float dtype is rounded to bf16 at load.
+    for field in ["torch_dtype", "dtype"] {
+        match f.text(field)? {
+            None | Some("bfloat16" | "float16" | "float32" | "auto") => {}
+            Some(other) => {
+                return Err(f.invalid(field, format!("{other:?} is not bfloat16, float16 or float32")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Version 4 has `rope_theta` and `rope_scaling`, version 5 both inside `rope_parameters`.
+fn rope(f: &Fields<'_>) -> Result<Rope, ConfigError> {
+    let parameters = f.object("rope_parameters", "rope_parameters.")?;
+    let scaling = match parameters {
+        Some(p) => Some(("rope_parameters", p)),
+        None => f.object("rope_scaling", "rope_scaling.")?.map(|p| ("rope_scaling", p)),
+    };
+    let inner_theta = match parameters {
+        Some(p) => p.number("rope_theta")?,
+        None => None,
+    };
+    let theta = match inner_theta {
+        Some(theta) => theta,
+        None => f.number("rope_theta")?.unwrap_or(DEFAULT_ROPE_THETA),
+    };
+    let Some((_, p)) = scaling else {
+        return Ok(Rope { theta, scaling: RopeScaling::None });
+    };
+    // "type" is the older name of "rope_type".
+    let kind = match p.text("rope_type")? {
+        Some(kind) => kind,
+        None => p.text("type")?.unwrap_or("default"),
+    };
+    let scaling = match kind {
+        "default" => RopeScaling::None,
+        "llama3" => RopeScaling::Llama3 {
+            factor: p.required_number("factor")?,
+            low_freq_factor: p.required_number("low_freq_factor")?,
+            high_freq_factor: p.required_number("high_freq_factor")?,
+            original_max_position: p.required_count("original_max_position_embeddings")?,
+        },
+        other => {
+            let problem = format!("{other:?} is not supported; \"default\" and \"llama3\" are");
+            return Err(p.invalid("rope_type", problem));
+        }
+    };
+    Ok(Rope { theta, scaling })
+}

@@ -1,0 +1,175 @@
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use bitfast_ops::{HostTensor, bf16};
+
+use super::Job;
+use crate::weights::zeroed;
+use crate::{TensorSpec, WeightError, WeightSource};
+
+/// Jobs that may be read but not yet taken: bounds the memory of loading to a few tensors.
+const READ_AHEAD: usize = 4;
+
+/// Reads, joins and digests the tensors of a list on any number of threads, and hands them out in order.
+pub(super) struct Prefetch<'s> {
+    source: &'s dyn WeightSource,
+    jobs: Vec<Job>,
+    state: Mutex<State<'s>>,
+    /// Signalled whenever `state` changes.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State<'s> {
+    /// Jobs below this one have been begun.
+    begun: usize,
+    /// Jobs below this one have been taken.
+    taken: usize,
+    ready: BTreeMap<usize, Result<HostTensor<'s>, WeightError>>,
+    /// By name: shape and hash of the tensor's bytes.
+    digests: BTreeMap<String, (Vec<usize>, blake3::Hash)>,
+    stopped: bool,
+    /// A reading thread panicked; its job will never be ready.
+    panicked: bool,
+}
+
+/// Ends the threads' work when dropped.
+pub(super) struct StopOnDrop<'a, 's>(&'a Prefetch<'s>);
+
+impl Drop for StopOnDrop<'_, '_> {
+    fn drop(&mut self) {
+        self.0.lock().stopped = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Wakes the taking thread when a reading thread panics, which would otherwise wait for ever.
+struct TellPanic<'a, 's>(&'a Prefetch<'s>);
+
+impl Drop for TellPanic<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().panicked = true;
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+impl<'s> Prefetch<'s> {
+    /// Will read `jobs` from `source`.
+    pub fn new(source: &'s dyn WeightSource, jobs: Vec<Job>) -> Self {
+        Self { source, jobs, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// What is read, in order.
+    pub fn jobs(&self) -> &[Job] {
+        &self.jobs
+    }
+
+    /// Lets [`work`](Self::work) return when the guard goes.
+    pub fn stop_on_drop(&self) -> StopOnDrop<'_, 's> {
+        StopOnDrop(self)
+    }
+
+    /// A reading thread's life: ends when all jobs are begun or the guard is gone.
+    pub fn work(&self) {
+        let _tell = TellPanic(self);
+        let mut state = self.lock();
+        while !state.stopped && state.begun < self.jobs.len() {
+            if state.begun >= state.taken + READ_AHEAD {
+                state = self.changed.wait(state).expect("a loading thread panicked");
+                continue;
+            }
+            let i = state.begun;
+            state.begun += 1;
+            drop(state);
+            let read = self.read(&self.jobs[i]);
+            state = self.lock();
+            let read = read.map(|(tensor, digests)| {
+                state.digests.extend(digests);
+                tensor
+            });
+            state.ready.insert(i, read);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for job `i`; jobs must be taken in order.
+    pub fn take(&self, i: usize) -> Result<HostTensor<'s>, WeightError> {
+        let mut state = self.lock();
+        loop {
+            if let Some(tensor) = state.ready.remove(&i) {
+                state.taken = i + 1;
+                self.changed.notify_all();
+                return tensor;
+            }
+            assert!(!state.panicked, "a loading thread panicked");
+            state = self.changed.wait(state).expect("a loading thread panicked");
+        }
+    }
+
+    /// One hash over the sorted (name, shape, hash of the bytes) of all tensors that were read.
+    pub fn into_digest(self) -> blake3::Hash {
+        let state = self.state.into_inner().expect("a loading thread panicked");
+        let mut all = blake3::Hasher::new();
+        for (name, (shape, hash)) in state.digests {
+            all.update(format!("{name} {shape:?} {hash}\n").as_bytes());
+        }
+        all.finalize()
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn read(
+        &self,
+        job: &Job,
+    ) -> Result<(HostTensor<'s>, Vec<(String, (Vec<usize>, blake3::Hash))>), WeightError> {
+        let digest = |spec: &TensorSpec, data: &[bf16]| {
+            (spec.name.clone(), (spec.shape.clone(), blake3::hash(le_bytes(data))))
+        };
+        if let [spec] = &job.parts[..] {
+            let tensor = self.source.fetch(spec)?;
+            let digests = vec![digest(spec, &tensor.data)];
+            return Ok((tensor, digests));
+        }
+        let mut shape = job.parts[0].shape.clone();
+        shape[0] = job.parts.iter().map(|p| p.shape[0]).sum();
+        let mut data = zeroed(shape.iter().product());
+        let mut digests = Vec::new();
+        let mut rest = &mut data[..];
+        for spec in &job.parts {
+            let (part, tail) = rest.split_at_mut(spec.elements());
+            self.source.read(spec, part)?;
+            digests.push(digest(spec, part));
+            rest = tail;
+        }
+        if job.groups > 1 {
+            data = grouped(&data, &job.parts, job.groups);
+        }
+        Ok((HostTensor::new(shape, data), digests))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<'s>> {
+        self.state.lock().expect("a loading thread panicked")
+    }
+}
+
+/// Reorders stacked parts: rows of every part's first group, then of every part's second group...
+fn grouped(data: &[bf16], parts: &[TensorSpec], groups: usize) -> Vec<bf16> {
+    let mut out = Vec::with_capacity(data.len());
+    for group in 0..groups {
+        let mut start = 0;
+        for part in parts {
+            assert!(part.shape[0].is_multiple_of(groups), "{} over {groups} groups", part.name);
+            let len = part.elements() / groups;
+            out.extend_from_slice(&data[start + group * len..][..len]);
+            start += part.elements();
+        }
+    }
+    out
+}
+
+/// The bytes of bf16 elements as files hold them.
+fn le_bytes(data: &[bf16]) -> &[u8] {
+    const { assert!(cfg!(target_endian = "little"), "weight files are little-endian") };
+    bytemuck::cast_slice(data)
+}

@@ -1,0 +1,89 @@
+use bitfast_ops::bf16;
+
+use super::{TensorSpec, WeightSource, to_bf16};
+use crate::{ModelConfig, WeightError};
+
+/// Random weights that are the same on every machine: a function of the tensor's name and the element's index.
+///
+/// A matrix `[n, k]` is roughly normal with standard deviation 1/sqrt(k), so that activations keep their size
+/// through any number of layers; a vector (a norm's weights) is 1 plus a little noise.
+pub struct DummySource {
+    /// Sorted by name.
+    specs: Vec<TensorSpec>,
+}
+
+impl DummySource {
+    /// The weights of `config`'s model.
+    pub fn new(config: &ModelConfig) -> Self {
+        let mut specs = crate::tensor_specs(config);
+        specs.sort_by(|a, b| a.name.cmp(&b.name));
+        Self { specs }
+    }
+}
+
+impl WeightSource for DummySource {
+    fn describe(&self) -> String {
+        "dummy weights".to_owned()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.specs.iter().map(|s| s.name.clone()).collect()
+    }
+
+    fn check(&self, spec: &TensorSpec) -> Result<(), WeightError> {
+        let found = self.specs.iter().find(|s| s.name == spec.name);
+        let found = found
+            .ok_or_else(|| WeightError::MissingTensor { file: self.describe(), tensor: spec.name.clone() })?;
+        if found.shape != spec.shape {
+            return Err(WeightError::Shape {
+                file: self.describe(),
+                tensor: spec.name.clone(),
+                expected: spec.shape.clone(),
+                found: found.shape.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    fn read(&self, spec: &TensorSpec, out: &mut [bf16]) -> Result<(), WeightError> {
+        self.check(spec)?;
+        assert_eq!(out.len(), spec.elements(), "{}", spec.name);
+        let (mean, std) = match spec.shape[..] {
+            [_, k] => (0.0, 1.0 / (k as f64).sqrt()),
+            _ => (1.0, 0.05),
+        };
+        fill(key(&spec.name), mean, (std / BYTE_SUM_STD) as f32, out);
+        Ok(())
+    }
+}
+
+/// Standard deviation of the sum of four independent uniform bytes: sqrt(4 * (256^2 - 1) / 12).
+const BYTE_SUM_STD: f64 = 147.800_541_271_325_5;
+/// Mean of that sum.
+const BYTE_SUM_MEAN: i32 = 510;
+
+/// A tensor's key: the first 8 bytes of its name's BLAKE3 hash.
+fn key(name: &str) -> u64 {
+    let hash = blake3::hash(name.as_bytes());
+    u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"))
+}
+
+/// Elements 2i and 2i + 1 come from the two halves of word i: a half's four bytes, summed and centred.
+fn fill(key: u64, mean: f32, scale: f32, out: &mut [bf16]) {
+    for (i, pair) in out.chunks_mut(2).enumerate() {
+        let word = mix(key.wrapping_add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        // Sums of byte pairs, then of the pairs' sums: one sum in each 32-bit half.
+        let pairs = (word & 0x00ff_00ff_00ff_00ff) + (word >> 8 & 0x00ff_00ff_00ff_00ff);
+        let sums = (pairs & 0x0000_ffff_0000_ffff) + (pairs >> 16 & 0x0000_ffff_0000_ffff);
+        for (x, sum) in pair.iter_mut().zip([sums as u32, (sums >> 32) as u32]) {
+            *x = to_bf16(mean + (sum as i32 - BYTE_SUM_MEAN) as f32 * scale);
+        }
+    }
+}
+
+/// SplitMix64's output function (Steele, Lea, Flood 2014).
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
