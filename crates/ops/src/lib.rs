@@ -8,6 +8,7 @@ mod backend;
 mod batch;
 pub mod contract;
 mod dtype;
+pub mod exact;
 mod sampling;
 
 pub use backend::{
