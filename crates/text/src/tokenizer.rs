@@ -1,0 +1,117 @@
+mod error;
+mod folder;
+mod gguf;
+mod pieces;
+mod pre;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::chat::{ChatTemplate, TemplateError};
+use crate::detokenizer::{Detokenizer, Placement, SpecialTokens};
+pub use error::TokenizerError;
+pub use gguf::GgufVocab;
+pub(crate) use pieces::Pieces;
+
+/// A model's vocabulary: text to ids and back, its special ids and its chat template. Cheap to
+/// clone, shared between threads.
+#[derive(Clone)]
+pub struct Tokenizer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    encoder: tokenizers::Tokenizer,
+    pieces: Arc<Pieces>,
+    bos: Option<u32>,
+    eos: Vec<u32>,
+    chat_template: Result<ChatTemplate, TemplateError>,
+}
+
+impl Tokenizer {
+    /// Reads a Hugging Face folder: `tokenizer.json`, and where they exist `tokenizer_config.json`,
+    /// `special_tokens_map.json`, `generation_config.json` (more end tokens) and
+    /// `chat_template.jinja`.
+    pub fn from_dir(dir: &Path) -> Result<Self, TokenizerError> {
+        folder::load(dir)
+    }
+
+    /// Builds the tokenizer that a GGUF file's metadata describes.
+    pub fn from_gguf(vocab: GgufVocab) -> Result<Self, TokenizerError> {
+        gguf::build(vocab)
+    }
+
+    /// Ids of `text`. Special tokens written out in the text become their ids. `add_special` adds
+    /// what the model wants around a text (often a begin token); a rendered chat template has it
+    /// already.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self
+            .shared
+            .encoder
+            .encode_fast(text, add_special)
+            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, taken as a whole text. Bytes that are not UTF-8 become U+FFFD; ids outside
+    /// the vocabulary leave nothing.
+    pub fn decode(&self, ids: &[u32], special: SpecialTokens) -> String {
+        let mut detokenizer = self.detokenizer(Placement::Start, special);
+        let mut text = String::new();
+        for &id in ids {
+            detokenizer.push_into(id, &mut text);
+        }
+        detokenizer.finish_into(&mut text);
+        text
+    }
+
+    /// The state that turns one sequence's ids into text as they come.
+    pub fn detokenizer(&self, placement: Placement, special: SpecialTokens) -> Detokenizer {
+        Detokenizer::new(self.shared.pieces.clone(), placement, special)
+    }
+
+    /// One more than the greatest id. The model's own vocabulary may be padded beyond it.
+    pub fn vocab_size(&self) -> usize {
+        self.shared.pieces.len()
+    }
+
+    /// The begin-of-text id.
+    pub fn bos(&self) -> Option<u32> {
+        self.shared.bos
+    }
+
+    /// The ids that end an answer, ascending.
+    pub fn eos(&self) -> &[u32] {
+        &self.shared.eos
+    }
+
+    /// Whether an id is a special token, which [`SpecialTokens::Skip`] leaves out.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.shared.pieces.is_special(id)
+    }
+
+    /// The bytes an id stands for; not always valid UTF-8 alone. `None` outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.shared.pieces.bytes(id)
+    }
+
+    /// The id of a token by its name in the vocabulary, such as `<|im_end|>`.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.shared.encoder.token_to_id(name)
+    }
+
+    /// The model's chat template, or why there is none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, &TemplateError> {
+        self.shared.chat_template.as_ref()
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos())
+            .field("eos", &self.eos())
+            .finish_non_exhaustive()
+    }
+}
