@@ -6,8 +6,10 @@
 #![deny(unsafe_code)]
 
 mod arch;
+mod bytes;
 mod config;
 mod error;
+mod gguf;
 mod load;
 mod rope;
 mod weights;
@@ -16,6 +18,7 @@ pub use arch::{Model, load, tensor_specs};
 pub use blake3::Hash;
 pub use config::{Architecture, GenerationConfig, ModelConfig, Rope, RopeScaling};
 pub use error::{ConfigError, LoadError, WeightError};
+pub use gguf::{GgmlType, Gguf, MetaArray, MetaValue, Metadata, TensorInfo};
 pub use load::{LoadOptions, Loaded, Progress, weights_digest};
 pub use rope::{inv_freq, rope_table};
-pub use weights::{DummySource, TensorSpec, WeightSource};
+pub use weights::{DummySource, GgufSource, TensorSpec, WeightSource};

@@ -103,7 +103,7 @@ impl BuiltIn {
             bos_token_id: Some(bos),
             eos_token_ids: vec![eos],
         };
-        config.validated(self.id, str::to_owned).expect("built-in configs are valid")
+        config.validated(self.id, &str::to_owned).expect("built-in configs are valid")
     }
 }
 

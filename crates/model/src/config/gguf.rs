@@ -1,1 +1,167 @@
+//! Configs from GGUF metadata.
 
+use super::{Architecture, ModelConfig, Rope, RopeScaling};
+use crate::ConfigError;
+use crate::gguf::{GgmlType, Gguf, MetaValue};
+
+/// What llama.cpp assumes when the key is absent.
+const DEFAULT_ROPE_THETA: f64 = 10_000.0;
+
+/// The file's name for a field of `config.json`.
+fn key_of(field: &str) -> &str {
+    match field {
+        "hidden_size" => "embedding_length",
+        "num_hidden_layers" => "block_count",
+        "num_attention_heads" => "attention.head_count",
+        "num_key_value_heads" => "attention.head_count_kv",
+        "head_dim" => "attention.key_length",
+        "intermediate_size" => "feed_forward_length",
+        "max_position_embeddings" => "context_length",
+        "rms_norm_eps" => "attention.layer_norm_rms_epsilon",
+        "rope_theta" => "rope.freq_base",
+        other => other,
+    }
+}
+
+/// Typed access to the keys of one architecture.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    arch: &'static str,
+}
+
+impl Keys<'_> {
+    fn get(&self, key: &str) -> Option<&MetaValue> {
+        self.gguf.metadata().get(&format!("{}.{key}", self.arch))
+    }
+
+    fn count(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+        self.get(key)
+            .map(|v| {
+                let n = v.as_u64().and_then(|n| usize::try_from(n).ok());
+                n.ok_or_else(|| self.invalid(key, format!("{v:?} is not a non-negative integer")))
+            })
+            .transpose()
+    }
+
+    fn required_count(&self, key: &str) -> Result<usize, ConfigError> {
+        self.count(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+        self.get(key)
+            .map(|v| v.as_f64().ok_or_else(|| self.invalid(key, format!("{v:?} is not a number"))))
+            .transpose()
+    }
+
+    fn missing(&self, key: &str) -> ConfigError {
+        ConfigError::Missing { origin: self.gguf.origin().to_owned(), field: format!("{}.{key}", self.arch) }
+    }
+
+    fn invalid(&self, key: &str, problem: impl Into<String>) -> ConfigError {
+        ConfigError::Invalid {
+            origin: self.gguf.origin().to_owned(),
+            field: format!("{}.{key}", self.arch),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl ModelConfig {
+    /// Reads the config from a GGUF file's metadata and tensor table.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, ConfigError> {
+        let architecture = architecture(gguf)?;
+        let keys = Keys { gguf, arch: architecture.gguf_name() };
+        let hidden_size = keys.required_count("embedding_length")?;
+        let num_heads = keys.required_count("attention.head_count")?;
+        let head_dim = match keys.count("attention.key_length")? {
+            Some(d) => d,
+            None if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) => {
+                let problem =
+                    format!("{num_heads} heads do not divide {hidden_size}, and no key_length is given");
+                return Err(keys.invalid("attention.head_count", problem));
+            }
+            None => hidden_size / num_heads,
+        };
+        for key in ["attention.value_length", "rope.dimension_count"] {
+            if let Some(n) = keys.count(key)?
+                && n != head_dim
+            {
+                return Err(keys.invalid(key, format!("{n} differs from the head's {head_dim} elements")));
+            }
+        }
+        if keys.count("expert_count")?.unwrap_or(0) > 0 {
+            return Err(keys.invalid("expert_count", "mixtures of experts are not yet supported"));
+        }
+        let embedding = gguf.tensor("token_embd.weight").ok_or_else(|| ConfigError::Missing {
+            origin: gguf.origin().to_owned(),
+            field: "tensor token_embd.weight".to_owned(),
+        })?;
+        let rms_norm_eps = keys.number("attention.layer_norm_rms_epsilon")?;
+        let meta = gguf.metadata();
+        let mut eos_token_ids = Vec::new();
+        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+            eos_token_ids.extend(meta.token(key).filter(|id| !eos_token_ids.contains(id)));
+        }
+        ModelConfig {
+            architecture,
+            hidden_size,
+            num_layers: keys.required_count("block_count")?,
+            num_heads,
+            num_kv_heads: keys.count("attention.head_count_kv")?.unwrap_or(num_heads),
+            head_dim,
+            intermediate_size: keys.required_count("feed_forward_length")?,
+            vocab_size: embedding.shape[0],
+            rms_norm_eps: rms_norm_eps.ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))?
+                as f32,
+            rope: Rope {
+                theta: keys.number("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA),
+                scaling: scaling(&keys, head_dim)?,
+            },
+            max_position_embeddings: keys.required_count("context_length")?,
+            tie_word_embeddings: gguf.tensor("output.weight").is_none(),
+            bos_token_id: meta.token("tokenizer.ggml.bos_token_id"),
+            eos_token_ids,
+        }
+        .validated(gguf.origin(), &|field| format!("{}.{}", keys.arch, key_of(field)))
+    }
+}
+
+fn architecture(gguf: &Gguf) -> Result<Architecture, ConfigError> {
+    let origin = gguf.origin().to_owned();
+    let Some(name) = gguf.metadata().text("general.architecture") else {
+        return Err(ConfigError::Missing { origin, field: "general.architecture".to_owned() });
+    };
+    let supported = Architecture::ALL.map(Architecture::gguf_name).join(", ");
+    let name = name.to_owned();
+    match Architecture::ALL.into_iter().find(|a| a.gguf_name() == name) {
+        Some(a) => Ok(a),
+        None if ["qwen3moe", "qwen3next", "deepseek2"].contains(&name.as_str()) => {
+            Err(ConfigError::NotYetSupported { origin, name, supported })
+        }
+        None => Err(ConfigError::UnknownArchitecture { origin, name, supported }),
+    }
+}
+
+/// Llama 3's scaling comes as a tensor of divisors; other kinds are named in the metadata.
+fn scaling(keys: &Keys<'_>, head_dim: usize) -> Result<RopeScaling, ConfigError> {
+    if let Some(v) = keys.get("rope.scaling.type")
+        && v.as_str() != Some("none")
+    {
+        return Err(keys.invalid("rope.scaling.type", format!("{v:?} is not supported; only \"none\" is")));
+    }
+    let Some(info) = keys.gguf.tensor("rope_freqs.weight") else { return Ok(RopeScaling::None) };
+    let invalid = |problem: String| {
+        let origin = keys.gguf.origin().to_owned();
+        Err(ConfigError::Invalid { origin, field: "tensor rope_freqs.weight".to_owned(), problem })
+    };
+    if info.dtype != GgmlType::F32 || info.shape != [head_dim / 2] {
+        let (dtype, shape) = (info.dtype, &info.shape);
+        return invalid(format!("{dtype} {shape:?} is not F32 of half a head's {head_dim} elements"));
+    }
+    let (values, _) = keys.gguf.data(info).as_chunks::<4>();
+    let divisors: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    match divisors.iter().find(|d| !(d.is_finite() && **d > 0.0)) {
+        Some(d) => invalid(format!("{d} is not a finite number above 0")),
+        None => Ok(RopeScaling::Divisors(divisors)),
+    }
+}

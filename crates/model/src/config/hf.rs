@@ -49,7 +49,7 @@ impl ModelConfig {
             bos_token_id: f.token("bos_token_id")?,
             eos_token_ids: f.tokens("eos_token_id")?,
         }
-        .validated(origin, str::to_owned)
+        .validated(origin, &str::to_owned)
     }
 }
 

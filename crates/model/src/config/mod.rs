@@ -150,7 +150,7 @@ impl ModelConfig {
 
     /// Checks the limits that shape arithmetic and kernels rely on; `origin` names the file in errors, and
     /// `field` translates a field's HF name to the file's own.
-    fn validated(self, origin: &str, field: fn(&str) -> String) -> Result<Self, ConfigError> {
+    fn validated(self, origin: &str, field: &dyn Fn(&str) -> String) -> Result<Self, ConfigError> {
         let invalid = |name: &str, problem: String| {
             Err(ConfigError::Invalid { origin: origin.to_owned(), field: field(name), problem })
         };

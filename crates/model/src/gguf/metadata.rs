@@ -164,6 +164,9 @@ impl Metadata {
     }
 }
 
+/// No vocabulary comes near; longer arrays are taken for garbage.
+const MAX_ARRAY: usize = 1 << 24;
+
 // Type ids of values.
 const U8: u32 = 0;
 const I8: u32 = 1;
@@ -213,6 +216,9 @@ fn array(r: &mut Reader<'_>, key: &str) -> Result<MetaArray, Fault> {
         _ => return Err(Fault::File(format!("{key}: unknown element type {kind}"))),
     };
     let count = r.countable(count, bytes_each, &format!("elements of {key}"))?;
+    if count > MAX_ARRAY {
+        return Err(Fault::File(format!("{key} has {count} elements; at most {MAX_ARRAY} are allowed")));
+    }
     macro_rules! collect {
         ($array:ident, $value:ident) => {{
             let mut out = Vec::with_capacity(count);

@@ -99,7 +99,9 @@ impl Gguf {
         match version {
             2 | 3 => {}
             v if v.swap_bytes() < 256 => {
-                return Err(Fault::File("a big-endian GGUF file; only little-endian ones are supported".into()));
+                return Err(Fault::File(
+                    "a big-endian GGUF file; only little-endian ones are supported".into(),
+                ));
             }
             v => return Err(Fault::File(format!("GGUF version {v} is not supported; versions 2 and 3 are"))),
         }
@@ -112,7 +114,8 @@ impl Gguf {
             Some(v) => match v.as_u64() {
                 Some(a) if a > 0 && a <= MAX_ALIGNMENT && a.is_multiple_of(8) => a,
                 _ => {
-                    let problem = format!("general.alignment {v:?} is not a multiple of 8 up to {MAX_ALIGNMENT}");
+                    let problem =
+                        format!("general.alignment {v:?} is not a multiple of 8 up to {MAX_ALIGNMENT}");
                     return Err(Fault::File(problem));
                 }
             },

@@ -23,7 +23,9 @@ impl<'a> Reader<'a> {
         let left = &self.bytes[self.at..];
         if n > left.len() {
             let (at, left) = (self.at, left.len());
-            return Err(Fault::File(format!("truncated: {what} takes {n} bytes at offset {at}, {left} are left")));
+            return Err(Fault::File(format!(
+                "truncated: {what} takes {n} bytes at offset {at}, {left} are left"
+            )));
         }
         self.at += n;
         Ok(&left[..n])

@@ -1,10 +1,12 @@
 //! Where weights come from, behind one trait: files of two formats, or a counter.
 
 mod dummy;
+mod gguf;
 
 use bitfast_ops::{HostTensor, bf16};
 
 pub use dummy::DummySource;
+pub use gguf::GgufSource;
 
 use crate::WeightError;
 

@@ -1,0 +1,164 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bitfast_ops::bf16;
+
+use super::{TensorSpec, WeightSource};
+use crate::gguf::{Gguf, TensorInfo};
+use crate::{Architecture, ModelConfig, WeightError};
+
+/// The weights of a GGUF file under their Hugging Face names, decoded to bf16.
+pub struct GgufSource {
+    gguf: Arc<Gguf>,
+    /// By Hugging Face name.
+    tensors: BTreeMap<String, Entry>,
+}
+
+struct Entry {
+    gguf_name: String,
+    info: TensorInfo,
+    /// Rows per head whose order is to be undone.
+    permuted_rows: Option<usize>,
+}
+
+impl GgufSource {
+    /// The weights of `config`'s model in `gguf`.
+    pub fn new(gguf: Arc<Gguf>, config: &ModelConfig) -> Self {
+        let mut tensors = BTreeMap::new();
+        for (gguf_name, info) in gguf.tensors() {
+            let Some(name) = hf_name(gguf_name) else { continue };
+            let is_qk = name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight");
+            let permuted = is_qk && config.architecture == Architecture::Llama;
+            let entry = Entry {
+                gguf_name: gguf_name.to_owned(),
+                info: info.clone(),
+                permuted_rows: permuted.then_some(config.head_dim),
+            };
+            tensors.insert(name, entry);
+        }
+        Self { gguf, tensors }
+    }
+
+    fn entry(&self, spec: &TensorSpec) -> Result<&Entry, WeightError> {
+        let file = || self.gguf.origin().to_owned();
+        let entry = self.tensors.get(&spec.name).ok_or_else(|| WeightError::MissingTensor {
+            file: file(),
+            tensor: match gguf_name(&spec.name) {
+                Some(name) => format!("{name} ({})", spec.name),
+                None => spec.name.clone(),
+            },
+        })?;
+        if entry.info.shape != spec.shape {
+            return Err(WeightError::Shape {
+                file: file(),
+                tensor: entry.gguf_name.clone(),
+                expected: spec.shape.clone(),
+                found: entry.info.shape.clone(),
+            });
+        }
+        Ok(entry)
+    }
+}
+
+impl WeightSource for GgufSource {
+    fn describe(&self) -> String {
+        self.gguf.origin().to_owned()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn check(&self, spec: &TensorSpec) -> Result<(), WeightError> {
+        self.entry(spec).map(drop)
+    }
+
+    fn read(&self, spec: &TensorSpec, out: &mut [bf16]) -> Result<(), WeightError> {
+        let Entry { info, permuted_rows, .. } = self.entry(spec)?;
+        let bytes = self.gguf.data(info);
+        match permuted_rows {
+            None => info.dtype.decode(bytes, out),
+            Some(head_rows) => {
+                let cols = info.shape[1];
+                let row_bytes = bytes.len() / info.shape[0];
+                for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+                    let stored = stored_row(row, *head_rows);
+                    info.dtype.decode(&bytes[stored * row_bytes..][..row_bytes], out);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a llama GGUF has row `row` of q or k. ggml turns neighbouring rows (2i, 2i + 1) of a head as a pair, the
+/// Hugging Face layout rows (i, i + half a head); the file's maker interleaved the halves.
+fn stored_row(row: usize, head_rows: usize) -> usize {
+    let (head, r) = (row / head_rows, row % head_rows);
+    let half = head_rows / 2;
+    head * head_rows + 2 * (r % half) + r / half
+}
+
+/// (GGUF, Hugging Face) names outside layers.
+const GLOBAL: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// (GGUF, Hugging Face) names inside `blk.N.` and `model.layers.N.`.
+const IN_LAYER: [(&str, &str); 11] = [
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("attn_q.weight", "self_attn.q_proj.weight"),
+    ("attn_k.weight", "self_attn.k_proj.weight"),
+    ("attn_v.weight", "self_attn.v_proj.weight"),
+    ("attn_output.weight", "self_attn.o_proj.weight"),
+    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+    ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("ffn_gate.weight", "mlp.gate_proj.weight"),
+    ("ffn_up.weight", "mlp.up_proj.weight"),
+    ("ffn_down.weight", "mlp.down_proj.weight"),
+];
+
+fn hf_name(gguf: &str) -> Option<String> {
+    if let Some((_, hf)) = GLOBAL.iter().find(|(g, _)| *g == gguf) {
+        return Some((*hf).to_owned());
+    }
+    let (layer, rest) = gguf.strip_prefix("blk.")?.split_once('.')?;
+    let (_, hf) = IN_LAYER.iter().find(|(g, _)| *g == rest)?;
+    Some(format!("model.layers.{layer}.{hf}"))
+}
+
+fn gguf_name(hf: &str) -> Option<String> {
+    if let Some((gguf, _)) = GLOBAL.iter().find(|(_, h)| *h == hf) {
+        return Some((*gguf).to_owned());
+    }
+    let (layer, rest) = hf.strip_prefix("model.layers.")?.split_once('.')?;
+    let (gguf, _) = IN_LAYER.iter().find(|(_, h)| *h == rest)?;
+    Some(format!("blk.{layer}.{gguf}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_both_ways() {
+        for gguf in ["token_embd.weight", "blk.12.attn_q.weight", "blk.0.ffn_down.weight"] {
+            assert_eq!(gguf_name(&hf_name(gguf).unwrap()).unwrap(), gguf);
+        }
+        assert_eq!(hf_name("blk.3.attn_q_norm.weight").unwrap(), "model.layers.3.self_attn.q_norm.weight");
+        assert_eq!(hf_name("rope_freqs.weight"), None);
+        assert_eq!(hf_name("blk.3.attn_rot_embd"), None);
+    }
+
+    #[test]
+    fn the_rotation_order_is_undone() {
+        // What the converter does to a head of 6 rows: reshape (2, 3), swap, so that rows 0..3 and 3..6 alternate.
+        let converted = [0, 3, 1, 4, 2, 5];
+        let undone: Vec<usize> = (0..6).map(|row| converted[stored_row(row, 6)]).collect();
+        assert_eq!(undone, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(stored_row(6 + 3, 6), 6 + 1);
+    }
+}
