@@ -1,0 +1,260 @@
+use bitfast_ops::{
+    AttnDesc, Backend, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc, LinearKind,
+    NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, bf16,
+};
+
+use crate::attention::attention;
+use crate::isa::{Isa, IsaError};
+use crate::kv::{self, Kv};
+use crate::linear::{KSplit, Output, linear};
+use crate::pool::share;
+use crate::tensor::{Param, Tensor};
+use crate::weight::Weight;
+use crate::workers::Workers;
+use crate::{BLOCK_SIZES, memory, simd};
+
+/// Rows ops with fewer elements than this run on the calling thread: waking the others takes longer.
+const SMALL: usize = 1 << 13;
+
+/// How to build a [`CpuBackend`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads, the engine's own among them; `None`: one per available core.
+    pub threads: Option<usize>,
+    /// The instruction-set path; `None`: the best of the machine.
+    pub isa: Option<Isa>,
+    /// False: orders may follow the batch (the unconstrained mode).
+    pub batch_invariant: bool,
+    /// Ask for one core per worker thread.
+    pub pin: bool,
+}
+
+impl Default for CpuOptions {
+    fn default() -> Self {
+        Self { threads: None, isa: None, batch_invariant: true, pin: true }
+    }
+}
+
+/// The CPU as a [`Backend`] of class `portable`: one rank, all threads of one process.
+pub struct CpuBackend {
+    workers: Workers,
+    split: KSplit,
+    batch: BatchInputs,
+}
+
+impl CpuBackend {
+    /// Fails when the wanted instruction set is not available.
+    pub fn new(options: &CpuOptions) -> Result<Self, IsaError> {
+        let isa = options.isa.map_or_else(|| Ok(Isa::detect()), Isa::require)?;
+        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = options.threads.unwrap_or_else(cores).max(1);
+        let split = if options.batch_invariant { KSplit::ByWeight } else { KSplit::ByRows };
+        Ok(Self { workers: Workers::new(isa, threads, options.pin), split, batch: BatchInputs::default() })
+    }
+
+    /// The instruction-set path in use.
+    pub fn isa(&self) -> Isa {
+        self.workers.isa
+    }
+
+    /// Threads in use, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.threads()
+    }
+
+    /// Runs `body` for every row of the batch, spread over the threads when there is enough to do.
+    fn for_rows(&mut self, cols: usize, body: impl Fn(&BatchInputs, Isa, usize) + Sync) {
+        let (batch, isa, threads) = (&self.batch, self.workers.isa, self.workers.threads());
+        let rows = batch.num_tokens();
+        let parallel = rows > 1 && rows * cols > SMALL;
+        self.workers.run(parallel, |thread, _| {
+            let mine = if parallel { share(rows, threads, thread) } else { 0..rows };
+            mine.for_each(|row| body(batch, isa, row));
+        });
+    }
+}
+
+impl Backend for CpuBackend {
+    type Weight = Weight;
+    type Param = Param;
+    type Tensor = Tensor;
+    type Kv = Kv;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn class(&self) -> Class {
+        Class::Portable
+    }
+
+    fn batch_invariant(&self) -> bool {
+        self.split == KSplit::ByWeight
+    }
+
+    fn device(&self) -> String {
+        format!("CPU, {} threads, {}", self.threads(), self.isa())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn block_sizes(&self) -> &'static [usize] {
+        &BLOCK_SIZES
+    }
+
+    fn weight(&self, desc: &LinearDesc, data: HostTensor<'_>) -> Result<Weight> {
+        Weight::pack(desc, &data, self.threads())
+    }
+
+    fn param(&self, name: &str, data: HostTensor<'_>) -> Result<Param> {
+        Ok(Param::vector(name, &data.data))
+    }
+
+    fn rope(&self, table: &RopeTable) -> Result<Param> {
+        Ok(Param::rope(table))
+    }
+
+    fn tensor(&self, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Tensor> {
+        Tensor::new(name, rows, cols, dtype)
+    }
+
+    fn kv_block_bytes(&self, layout: &KvLayout) -> u64 {
+        kv::block_bytes(layout)
+    }
+
+    fn kv(&self, layout: &KvLayout, num_blocks: usize) -> Result<Kv> {
+        Kv::new(layout, num_blocks)
+    }
+
+    fn free_bytes(&self) -> u64 {
+        memory::available_bytes()
+    }
+
+    fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
+        self.batch.clone_from(batch);
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Weight, out: &mut Tensor) -> Result<()> {
+        assert_ne!(table.desc().kind, LinearKind::GateUp, "{} is no embedding table", table.desc().name);
+        let out = out.view_mut();
+        self.for_rows(out.cols(), |batch, _, row| {
+            // SAFETY: each row is written once.
+            table.unpack_row(batch.token_ids[row] as usize, unsafe { out.bf16_row(row) });
+        });
+        Ok(())
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, w: &Param, desc: NormDesc, out: &mut Tensor) -> Result<()> {
+        let (w, out) = (w.norm(desc, x.cols()), out.view_mut());
+        self.for_rows(x.cols(), |_, isa, row| {
+            // SAFETY: each row is written once.
+            simd::rms_norm(isa, x.row(row), w, desc.eps, unsafe { out.bf16_row(row) });
+        });
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Tensor,
+        delta: &Tensor,
+        w: &Param,
+        desc: NormDesc,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (w, residual, out) = (w.norm(desc, delta.cols()), residual.view_mut(), out.view_mut());
+        self.for_rows(delta.cols(), |_, isa, row| {
+            // SAFETY: each row of both is touched by one thread.
+            let (residual, out) = unsafe { (residual.bf16_row(row), out.bf16_row(row)) };
+            simd::add_rms_norm(isa, residual, delta.row(row), w, desc.eps, out);
+        });
+        Ok(())
+    }
+
+    fn linear(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let desc = w.desc();
+        assert!(
+            matches!(desc.kind, LinearKind::Column | LinearKind::Row),
+            "{} is {:?}",
+            desc.name,
+            desc.kind
+        );
+        assert_eq!(out.cols(), desc.n, "output of {}", desc.name);
+        let rows = self.batch.num_tokens();
+        linear(&mut self.workers, self.split, w, x, rows, Output::Bf16(out.view_mut()))
+    }
+
+    fn gate_up(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let desc = w.desc();
+        assert_eq!(desc.kind, LinearKind::GateUp, "{}", desc.name);
+        assert_eq!(2 * out.cols(), desc.n, "output of {}", desc.name);
+        let rows = self.batch.num_tokens();
+        linear(&mut self.workers, self.split, w, x, rows, Output::SiluMul(out.view_mut()))
+    }
+
+    fn qkv_prep(
+        &mut self,
+        desc: QkvPrepDesc,
+        qkv: &Tensor,
+        norms: Option<(&Param, &Param)>,
+        rope: &Param,
+        kv: &mut Kv,
+        q_out: &mut Tensor,
+    ) -> Result<()> {
+        crate::qkv::qkv_prep(&mut self.workers, &self.batch, desc, qkv, norms, rope.rope_table(), kv, q_out);
+        Ok(())
+    }
+
+    fn attention(&mut self, desc: AttnDesc, q: &Tensor, kv: &Kv, out: &mut Tensor) -> Result<()> {
+        attention(&mut self.workers, &self.batch, desc, q, kv, out.view_mut())
+    }
+
+    fn select_logit_rows(&mut self, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        for (i, row) in self.batch.logit_rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(*row as usize));
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let desc = w.desc();
+        assert_eq!(desc.kind, LinearKind::Vocab, "{}", desc.name);
+        assert_eq!(out.cols(), desc.n, "output of {}", desc.name);
+        let rows = self.batch.logit_rows.len();
+        if rows == 0 {
+            return Ok(());
+        }
+        linear(&mut self.workers, self.split, w, x, rows, Output::F32(out.view_mut()))
+    }
+
+    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
+        let _ = (logits, rows);
+        Err(bitfast_ops::BackendError::Unsupported { backend: "cpu", op: "sampling" })
+    }
+
+    fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
+        Ok((0..rows).flat_map(|row| x.row_f32(row)).copied().collect())
+    }
+
+    fn poison_blocks(&mut self, kv: &mut Kv, blocks: &[u32]) -> Result<()> {
+        blocks.iter().for_each(|block| kv.poison(*block as usize));
+        Ok(())
+    }
+}
+
+/// Test access to rows: what a test compares with the reference.
+impl CpuBackend {
+    /// Copies `data` (dense, bf16) into the first rows of `x`.
+    pub fn write_bf16(&self, x: &mut Tensor, data: &[bf16]) {
+        for (i, row) in data.chunks_exact(x.cols()).enumerate() {
+            x.row_mut(i).copy_from_slice(row);
+        }
+    }
+
+    /// The first `rows` rows of a bf16 tensor, dense.
+    pub fn read_bf16(&self, x: &Tensor, rows: usize) -> Vec<bf16> {
+        (0..rows).flat_map(|row| x.row(row)).copied().collect()
+    }
+}

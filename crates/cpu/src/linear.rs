@@ -1,0 +1,262 @@
+//! Linear layers: the work is split over outputs, never over K (but see [`KSplit::ByRows`]).
+
+use std::ops::Range;
+
+use bitfast_ops::contract::Join;
+use bitfast_ops::{Result, bf16, exact};
+
+use crate::Isa;
+use crate::micro::{self, AForm, B_TILE, CHUNK, Path, PathSession, TILE_N, Tile};
+use crate::pool::share;
+use crate::simd::per_isa;
+use crate::tensor::{Tensor, TensorMut};
+use crate::weight::{PANEL, Weight};
+use crate::workers::Workers;
+
+/// Outputs per panel: the row length of a block of C.
+const PANEL_N: usize = PANEL * TILE_N;
+/// Tiles that stay on one thread: a gate tile with its up tile.
+const UNIT: usize = 2;
+/// Widening fewer elements than this is not worth waking the workers.
+const SMALL: usize = 1 << 13;
+
+/// What becomes of the sums.
+#[derive(Clone, Copy)]
+pub(crate) enum Output<'a> {
+    /// Rounded to bf16.
+    Bf16(TensorMut<'a>),
+    /// Gate and up tiles, rounded to bf16, joined by SiLU-mul.
+    SiluMul(TensorMut<'a>),
+    /// As they are.
+    F32(TensorMut<'a>),
+}
+
+/// Who decides on the order of K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KSplit {
+    /// The weight's global shape: the law.
+    ByWeight,
+    /// The number of rows: the unconstrained mode.
+    ByRows,
+}
+
+/// Leaves of K and how they join.
+#[derive(Clone, Copy)]
+struct Leaves {
+    count: usize,
+    join: Join,
+}
+
+impl Leaves {
+    fn of(split: KSplit, w: &Weight, rows: usize, threads: usize) -> Self {
+        match split {
+            KSplit::ByWeight => Self { count: w.order().leaves, join: w.order().join },
+            // More independent chains while a row or two leave the units idle, one chain otherwise.
+            KSplit::ByRows if rows <= 4 => {
+                Self { count: threads.max(2).min(w.chunks()).min(8), join: Join::Fold }
+            }
+            KSplit::ByRows => Self { count: 1, join: Join::Fold },
+        }
+    }
+}
+
+/// `out[..rows] = x[..rows] w^T`.
+pub(crate) fn linear(
+    workers: &mut Workers,
+    split: KSplit,
+    w: &Weight,
+    x: &Tensor,
+    rows: usize,
+    out: Output<'_>,
+) -> Result<()> {
+    assert_eq!(x.cols(), w.desc().k, "columns of the input of {}", w.desc().name);
+    assert!(rows <= x.rows(), "{rows} rows of {}", x.rows());
+    let (isa, threads) = (workers.isa, workers.threads());
+    let path = Path::choose(isa, rows);
+    let leaves = Leaves::of(split, w, rows, threads);
+    let (a, a_stride) = match path.a_form() {
+        AForm::Bf16 => x.bytes(),
+        AForm::F32 => widen_rows(workers, x, rows, w.chunks() * CHUNK)?,
+    };
+    let blocks = RowBlocks::new(path, rows);
+    workers.reserve(leaves.count * blocks.capacity * PANEL_N * 4)?;
+    let job = Job { w, path, leaves, blocks, a, a_stride, out };
+    let units = w.tiles().div_ceil(UNIT);
+    workers.run(true, |thread, scratch| {
+        let mine = share(units, threads, thread);
+        let _session = PathSession::enter(path);
+        let mut tile = mine.start * UNIT;
+        let end = (mine.end * UNIT).min(w.tiles());
+        while tile < end {
+            let next = end.min(tile / PANEL * PANEL + PANEL);
+            job.tiles(isa, tile..next, scratch.cast());
+            tile = next;
+        }
+    });
+    Ok(())
+}
+
+/// How the rows of a batch are cut into blocks of C.
+#[derive(Clone, Copy)]
+struct RowBlocks {
+    rows: usize,
+    /// Rows per block.
+    size: usize,
+    /// Rows that a block has room for.
+    capacity: usize,
+}
+
+impl RowBlocks {
+    fn new(path: Path, rows: usize) -> Self {
+        if path.a_form() == AForm::Bf16 {
+            return Self { rows, size: 32, capacity: 32 };
+        }
+        // Multiples of what the kernels take, evenly filled.
+        let blocks = rows.div_ceil(24);
+        Self { rows, size: rows.div_ceil(blocks), capacity: 24 }
+    }
+}
+
+/// An op in progress, as every thread sees it.
+struct Job<'a> {
+    w: &'a Weight,
+    path: Path,
+    leaves: Leaves,
+    blocks: RowBlocks,
+    a: *const u8,
+    a_stride: usize,
+    out: Output<'a>,
+}
+
+// SAFETY: `a` points to rows that nobody writes while the op runs.
+unsafe impl Sync for Job<'_> {}
+
+impl Job<'_> {
+    /// All rows of some tiles of one panel.
+    fn tiles(&self, isa: Isa, tiles: Range<usize>, c: *mut f32) {
+        let Leaves { count, join } = self.leaves;
+        for first in (0..self.blocks.rows).step_by(self.blocks.size) {
+            let rows = self.blocks.size.min(self.blocks.rows - first);
+            let leaf_len = self.blocks.capacity * PANEL_N;
+            // SAFETY: this thread's scratch; `linear` reserved this much.
+            let c = unsafe { std::slice::from_raw_parts_mut(c, count * leaf_len) };
+            for (leaf, c) in c.chunks_exact_mut(leaf_len).enumerate() {
+                let chunks = share(self.w.chunks(), count, leaf);
+                c[..rows * PANEL_N].fill(0.0);
+                self.product(first, rows, tiles.clone(), chunks, c.as_mut_ptr());
+            }
+            join_leaves(isa, c, join, count, leaf_len, rows * PANEL_N);
+            finish(isa, &c[..rows * PANEL_N], self.out, first, tiles.clone());
+        }
+    }
+
+    fn product(&self, first_row: usize, rows: usize, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) {
+        let (b, b_chunk) = self.w.tile(tiles.start, chunks.start);
+        let element = if self.path.a_form() == AForm::Bf16 { 2 } else { 4 };
+        // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
+        // one panel; C is this thread's block.
+        unsafe {
+            micro::product(
+                self.path,
+                Tile {
+                    rows,
+                    tiles: tiles.len(),
+                    chunks: chunks.len(),
+                    a: self.a.add(first_row * self.a_stride + chunks.start * CHUNK * element),
+                    a_stride: self.a_stride,
+                    b,
+                    b_chunk,
+                    c,
+                    c_stride: PANEL_N * 4,
+                },
+            );
+        }
+    }
+}
+
+/// fp32 copies of the first rows of `x`, zero-padded to `k` elements, in the shared buffer.
+fn widen_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Result<(*const u8, usize)> {
+    // An odd number of cache lines from row to row.
+    let stride = (k / TILE_N | 1) * TILE_N;
+    workers.widened.reserve(rows * stride * 4)?;
+    let (isa, threads) = (workers.isa, workers.threads());
+    let start = workers.widened.ptr() as usize;
+    let parallel = rows * k > SMALL;
+    workers.run(parallel, |thread, _| {
+        let mine = if parallel { share(rows, threads, thread) } else { 0..rows };
+        for row in mine {
+            // SAFETY: row `row` of the buffer, `stride` floats, written by this thread alone.
+            let out = unsafe { std::slice::from_raw_parts_mut((start as *mut f32).add(row * stride), k) };
+            let (out, padding) = out.split_at_mut(x.cols());
+            crate::simd::widen(isa, x.row(row), out);
+            padding.fill(0.0);
+        }
+    });
+    Ok((start as *const u8, stride * 4))
+}
+
+per_isa! {
+    /// Joins `count` leaves of `len` sums (`leaf_len` apart) into the first one.
+    fn join_leaves(c: &mut [f32], join: Join, count: usize, leaf_len: usize, len: usize) {
+        match join {
+            Join::Fold => {
+                let (sum, rest) = c.split_at_mut(leaf_len);
+                for leaf in rest.chunks_exact(leaf_len) {
+                    for (s, x) in sum[..len].iter_mut().zip(leaf) {
+                        *s += x;
+                    }
+                }
+            }
+            Join::Tree => {
+                let mut n = count;
+                while n > 1 {
+                    n /= 2;
+                    let (left, right) = c.split_at_mut(leaf_len);
+                    for (l, r) in left[..len].iter_mut().zip(&*right) {
+                        *l += r;
+                    }
+                    for i in 1..n {
+                        let (target, pair) = c.split_at_mut(2 * i * leaf_len);
+                        let (l, r) = (&pair[..len], &pair[leaf_len..][..len]);
+                        for ((t, l), r) in target[i * leaf_len..][..len].iter_mut().zip(l).zip(r) {
+                            *t = l + r;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Rounds a block of sums into rows `first_row..` of the output.
+    fn finish(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
+        for (i, sums) in c.chunks_exact(PANEL_N).enumerate() {
+            let row = first_row + i;
+            // SAFETY (all three): these columns of the row belong to `tiles`, which this thread alone has.
+            match out {
+                Output::Bf16(out) => {
+                    let col = tiles.start * TILE_N;
+                    let len = (tiles.len() * TILE_N).min(out.cols() - col);
+                    exact::narrow(&sums[..len], unsafe { out.bf16_part(row, col, len) });
+                }
+                Output::F32(out) => {
+                    let col = tiles.start * TILE_N;
+                    let len = (tiles.len() * TILE_N).min(out.cols() - col);
+                    unsafe { out.f32_part(row, col, len) }.copy_from_slice(&sums[..len]);
+                }
+                Output::SiluMul(out) => {
+                    for (pair, sums) in sums[..tiles.len() * TILE_N].chunks_exact(2 * TILE_N).enumerate() {
+                        let col = (tiles.start / 2 + pair) * TILE_N;
+                        let len = TILE_N.min(out.cols() - col);
+                        let mut both = [bf16::ZERO; 2 * TILE_N];
+                        exact::narrow(sums, &mut both);
+                        let (g, u) = both.split_at(TILE_N);
+                        exact::silu_mul(&g[..len], &u[..len], unsafe { out.bf16_part(row, col, len) });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of one tile, so that the layout of panels is stated once.
+const _: () = assert!(B_TILE == TILE_N * CHUNK * 2);

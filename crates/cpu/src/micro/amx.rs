@@ -1,0 +1,183 @@
+//! AMX-BF16: TDPBF16PS is the portable order itself (it ignores MXCSR and always flushes denormals).
+
+use std::arch::asm;
+use std::arch::x86_64::__cpuid_count;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+use super::{B_TILE, Tile};
+
+/// Fewer rows go to the AVX-512 kernels, which do not pay for the empty rows of a tile.
+pub(crate) const MIN_ROWS: usize = 2;
+
+/// Whether the processor has AMX-TILE and AMX-BF16 and the kernel lets this process use tile data.
+pub(crate) fn available() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| cpu_has_amx() && kernel_allows_amx())
+}
+
+fn cpu_has_amx() -> bool {
+    if __cpuid_count(0, 0).eax < 7 {
+        return false;
+    }
+    let edx = __cpuid_count(7, 0).edx;
+    let (bf16, tile) = (edx >> 22 & 1, edx >> 24 & 1);
+    bf16 == 1 && tile == 1
+}
+
+#[cfg(target_os = "linux")]
+fn kernel_allows_amx() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: a system call without pointers; it changes what this process may use, nothing else.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn kernel_allows_amx() -> bool {
+    false
+}
+
+/// The layout of all eight tiles: 16 rows of 64 bytes. (LDTILECFG's memory operand.)
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static FULL_TILES: TileConfig = TileConfig {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// The calling thread's tiles are configured while this lives; it cannot leave the thread.
+pub(crate) struct Session(PhantomData<*const ()>);
+
+impl Session {
+    pub fn enter() -> Self {
+        assert!(available(), "AMX asked for on a machine without it");
+        // SAFETY: AMX is available and the operand is a valid configuration.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &FULL_TILES, options(nostack, readonly, preserves_flags)) };
+        Session(PhantomData)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // SAFETY: `enter` proved that AMX is available.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+}
+
+/// See [`super::product`]. Blocks of 32 rows by 2 tiles, and 16 rows by up to 4 tiles for the rest.
+///
+/// # Safety
+/// As for [`super::product`].
+pub(super) unsafe fn product(t: Tile) {
+    let mut row = 0;
+    while row < t.rows {
+        let rows = if t.rows - row > 16 { 32 } else { 16 };
+        let mut tile = 0;
+        while tile < t.tiles {
+            let left = t.tiles - tile;
+            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, left) {
+                (32, 2..) => (2, k2x2),
+                (32, _) => (1, k2x1),
+                (_, 4..) => (4, k1x4),
+                (_, 2..) => (2, k1x2),
+                _ => (1, k1x1),
+            };
+            // SAFETY: a sub-block of the block that the caller vouches for.
+            unsafe {
+                kernel(&Tile {
+                    a: t.a.add(row * t.a_stride),
+                    b: t.b.add(tile * B_TILE),
+                    c: t.c.byte_add(row * t.c_stride).add(tile * 16),
+                    ..t
+                });
+            }
+            tile += tiles;
+        }
+        row += rows;
+    }
+}
+
+/// One kernel: loads its C tiles, walks the chunks, stores them.
+macro_rules! kernel {
+    ($name:ident: load [$($load:literal),+], step [$($step:literal),+], store [$($store:literal),+]) => {
+        unsafe fn $name(t: &Tile) {
+            // SAFETY: the caller vouches for every address of the block and holds a `Session`.
+            unsafe {
+                asm!(
+                    $($load,)+
+                    "2:",
+                    $($step,)+
+                    "add {a}, 64",
+                    "add {a1}, 64",
+                    "add {b}, {b_chunk}",
+                    "dec {chunks}",
+                    "jnz 2b",
+                    $($store,)+
+                    "# unused in small blocks: {c1}",
+                    a = inout(reg) t.a => _,
+                    a1 = inout(reg) t.a.wrapping_add(16 * t.a_stride) => _,
+                    a_stride = in(reg) t.a_stride,
+                    b = inout(reg) t.b => _,
+                    b_row = in(reg) 64usize,
+                    b_chunk = in(reg) t.b_chunk,
+                    c = in(reg) t.c,
+                    c1 = in(reg) t.c.wrapping_byte_add(16 * t.c_stride),
+                    c_stride = in(reg) t.c_stride,
+                    chunks = inout(reg) t.chunks => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+kernel!(k2x2:
+    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
+          "tileloadd tmm2, [{c1} + {c_stride}]", "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
+    step ["tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_stride}]",
+          "tdpbf16ps tmm0, tmm4, tmm6",
+          "tileloadd tmm7, [{b} + {b_row} + 1024]",
+          "tdpbf16ps tmm1, tmm4, tmm7",
+          "tileloadd tmm5, [{a1} + {a_stride}]",
+          "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"],
+    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
+           "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3"]);
+kernel!(k2x1:
+    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm2, [{c1} + {c_stride}]"],
+    step ["tileloadd tmm6, [{b} + {b_row}]",
+          "tileloadd tmm4, [{a} + {a_stride}]", "tdpbf16ps tmm0, tmm4, tmm6",
+          "tileloadd tmm5, [{a1} + {a_stride}]", "tdpbf16ps tmm2, tmm5, tmm6"],
+    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c1} + {c_stride}], tmm2"]);
+kernel!(k1x4:
+    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
+          "tileloadd tmm2, [{c} + {c_stride} + 128]", "tileloadd tmm3, [{c} + {c_stride} + 192]"],
+    step ["tileloadd tmm4, [{a} + {a_stride}]",
+          "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
+          "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6",
+          "tileloadd tmm7, [{b} + {b_row} + 2048]", "tdpbf16ps tmm2, tmm4, tmm7",
+          "tileloadd tmm5, [{b} + {b_row} + 3072]", "tdpbf16ps tmm3, tmm4, tmm5"],
+    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
+           "tilestored [{c} + {c_stride} + 128], tmm2", "tilestored [{c} + {c_stride} + 192], tmm3"]);
+kernel!(k1x2:
+    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]"],
+    step ["tileloadd tmm4, [{a} + {a_stride}]",
+          "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
+          "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6"],
+    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1"]);
+kernel!(k1x1:
+    load ["tileloadd tmm0, [{c} + {c_stride}]"],
+    step ["tileloadd tmm4, [{a} + {a_stride}]", "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5"],
+    store ["tilestored [{c} + {c_stride}], tmm0"]);

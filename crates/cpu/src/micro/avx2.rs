@@ -1,0 +1,134 @@
+//! AVX2 + FMA: as the AVX-512 path, in halves of eight outputs.
+
+use std::arch::asm;
+
+use super::{B_TILE, MXCSR_FLUSH, Tile};
+
+/// Splits the block into kernels; how does not matter for the bits.
+///
+/// # Safety
+/// As for [`super::product`].
+pub(super) unsafe fn product(t: Tile) {
+    let mut row = 0;
+    while row < t.rows {
+        let left = t.rows - row;
+        let rows = left.div_ceil(left.div_ceil(MAX_ROWS));
+        let mut tile = 0;
+        while tile < t.tiles {
+            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, t.tiles - tile) {
+                (1, 2..) => (2, k1x2),
+                (1, _) => (1, k1x1),
+                (2, _) => (1, k2x1),
+                (3, _) => (1, k3x1),
+                _ => unreachable!("a block of {rows} rows"),
+            };
+            // SAFETY: a sub-block of the block that the caller vouches for.
+            unsafe {
+                kernel(&Tile {
+                    a: t.a.add(row * t.a_stride),
+                    b: t.b.add(tile * B_TILE),
+                    c: t.c.byte_add(row * t.c_stride).add(tile * 16),
+                    ..t
+                });
+            }
+            tile += tiles;
+        }
+        row += rows;
+    }
+}
+
+/// Most rows of a kernel: 3 rows x 2 halves x 2 chains are 12 of the 16 registers.
+const MAX_ROWS: usize = 3;
+
+/// One kernel. A column is a half tile: its offset in B, its offset in a row of C. Chains: ymm0..11 as
+/// listed, a pair (even, odd) for each row and column; ymm12/13 the widened weights, ymm15 the mask.
+macro_rules! kernel {
+    ($name:ident: columns $b:tt $c:tt, rows $( { [$a:tt] $($e:tt $o:tt),+ } )+) => {
+        unsafe fn $name(t: &Tile) {
+            let mut saved = 0u32;
+            let flush = MXCSR_FLUSH;
+            // SAFETY: the caller vouches for every address of the block; MXCSR is restored at the end.
+            unsafe {
+                asm!(
+                    "stmxcsr dword ptr [{saved}]",
+                    "ldmxcsr dword ptr [{flush}]",
+                    "vpcmpeqd ymm15, ymm15, ymm15",
+                    "vpslld ymm15, ymm15, 16",
+                    "2:",
+                    $( $( concat!("vpxor ymm", $e, ", ymm", $e, ", ymm", $e,
+                                  "\nvpxor ymm", $o, ", ymm", $o, ", ymm", $o), )+ )+
+                    "mov {pairs:e}, 16",
+                    "3:",
+                    kernel!(@columns $b $( { [$a] $($e $o),+ } )+),
+                    "add {a}, 8",
+                    "add {b}, 64",
+                    "dec {pairs:e}",
+                    "jnz 3b",
+                    "mov {pairs}, {c}",
+                    $( kernel!(@fold $c $($e $o),+), )+
+                    "add {b}, {b_next}",
+                    "dec {chunks}",
+                    "jnz 2b",
+                    "# unused in small blocks: {s1}",
+                    "ldmxcsr dword ptr [{saved}]",
+                    saved = in(reg) &mut saved,
+                    flush = in(reg) &flush,
+                    a = inout(reg) t.a => _,
+                    s1 = in(reg) t.a_stride,
+                    b = inout(reg) t.b => _,
+                    b_next = in(reg) t.b_chunk.wrapping_sub(B_TILE),
+                    c = in(reg) t.c,
+                    c_stride = in(reg) t.c_stride,
+                    chunks = inout(reg) t.chunks => _,
+                    pairs = out(reg) _,
+                    out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _,
+                    out("ymm6") _, out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
+                    out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+    (@columns [$b0:tt, $b1:tt] $( { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt } )+) => {
+        concat!(
+            kernel!(@widen $b0), $( kernel!(@fma $a $e0 $o0), )+
+            kernel!(@widen $b1), $( kernel!(@fma $a $e1 $o1), )+
+        )
+    };
+    (@columns [$b0:tt, $b1:tt, $b2:tt, $b3:tt]
+        { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt, $e2:tt $o2:tt, $e3:tt $o3:tt }) => {
+        concat!(
+            kernel!(@widen $b0), kernel!(@fma $a $e0 $o0), kernel!(@widen $b1), kernel!(@fma $a $e1 $o1),
+            kernel!(@widen $b2), kernel!(@fma $a $e2 $o2), kernel!(@widen $b3), kernel!(@fma $a $e3 $o3),
+        )
+    };
+    (@widen $b:tt) => {
+        concat!(
+            "vmovdqu ymm13, ymmword ptr [{b} + ", $b, "]\n",
+            "vpslld ymm12, ymm13, 16\nvpand ymm13, ymm13, ymm15\n",
+        )
+    };
+    (@fma $a:tt $e:tt $o:tt) => {
+        concat!(
+            "vbroadcastss ymm14, dword ptr [", $a, "]\nvfmadd231ps ymm", $e, ", ymm12, ymm14\n",
+            "vbroadcastss ymm14, dword ptr [", $a, " + 4]\nvfmadd231ps ymm", $o, ", ymm13, ymm14\n",
+        )
+    };
+    // acc = acc + (e + o), one row; `pairs` walks the rows of C.
+    (@fold [$($c:tt),+] $($e:tt $o:tt),+) => {
+        concat!(
+            $(
+                "vaddps ymm", $e, ", ymm", $e, ", ymm", $o, "\n",
+                "vaddps ymm", $e, ", ymm", $e, ", ymmword ptr [{pairs} + ", $c, "]\n",
+                "vmovups ymmword ptr [{pairs} + ", $c, "], ymm", $e, "\n",
+            )+
+            "add {pairs}, {c_stride}\n",
+        )
+    };
+}
+
+kernel!(k1x2: columns [0, 32, 1024, 1056] [0, 32, 64, 96], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
+kernel!(k1x1: columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3});
+kernel!(k2x1: columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
+kernel!(k3x1: columns [0, 32] [0, 32], rows
+    {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11});
