@@ -9,6 +9,7 @@ mod batch;
 pub mod contract;
 mod dtype;
 pub mod exact;
+mod sampler;
 mod sampling;
 
 pub use backend::{
@@ -19,4 +20,5 @@ pub use batch::{BatchInputs, SeqInput};
 pub use contract::Class;
 pub use dtype::{Dtype, HostTensor};
 pub use half::bf16;
+pub use sampler::{GREEDY_BELOW, sample_row};
 pub use sampling::{BitMask, LogprobsRow, RowChoice, RowFault, RowParams, RowSample, SampleRow, Sampled};

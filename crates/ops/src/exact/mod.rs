@@ -13,7 +13,7 @@ mod exp_log;
 mod join;
 mod lse;
 mod norm;
-mod random;
+pub(crate) mod random;
 mod rope;
 
 pub use activation::silu_mul;
