@@ -93,8 +93,7 @@ impl EngineHandle {
         inbox.queued += 1;
         inbox.live.insert(id.clone(), key);
         inbox.commands.push_back(Command::Submit(Submission { key, request, sink, at }));
-        drop(inbox);
-        self.shared.notify();
+        self.shared.announce(inbox);
         Ok(RequestGuard { shared: Arc::clone(&self.shared), id, key })
     }
 
@@ -103,8 +102,7 @@ impl EngineHandle {
         let mut inbox = self.shared.inbox();
         let Some(&key) = inbox.live.get(id) else { return false };
         inbox.commands.push_back(Command::Abort(key));
-        drop(inbox);
-        self.shared.notify();
+        self.shared.announce(inbox);
         true
     }
 
@@ -129,8 +127,9 @@ impl EngineHandle {
 
     /// Forgets every cached prefix, before any request that is submitted later.
     pub fn reset_prefix_cache(&self) {
-        self.shared.inbox().commands.push_back(Command::ResetPrefixCache);
-        self.shared.notify();
+        let mut inbox = self.shared.inbox();
+        inbox.commands.push_back(Command::ResetPrefixCache);
+        self.shared.announce(inbox);
     }
 
     /// Counters and gauges. `waiting` is live (also while paused); the rest is as of the last step.
@@ -180,7 +179,8 @@ impl EngineHandle {
                 Shutdown::Finish => Life::Finishing,
                 Shutdown::Abort => Life::Aborting,
             };
-            self.shared.notify();
+            self.shared.announce(inbox);
+            inbox = self.shared.inbox();
         }
         loop {
             if matches!(inbox.life, Life::Dead(_)) {
@@ -189,7 +189,7 @@ impl EngineHandle {
             let now = self.shared.clock.now();
             if now >= deadline {
                 inbox.life = Life::Aborting;
-                self.shared.notify();
+                self.shared.announce(inbox);
                 return false;
             }
             inbox = self.shared.wait_for(inbox, deadline - now);
@@ -197,8 +197,9 @@ impl EngineHandle {
     }
 
     fn set_paused(&self, paused: bool) {
-        self.shared.inbox().paused = paused;
-        self.shared.notify();
+        let mut inbox = self.shared.inbox();
+        inbox.paused = paused;
+        self.shared.announce(inbox);
     }
 }
 
@@ -211,9 +212,7 @@ impl Clone for EngineHandle {
 impl Drop for EngineHandle {
     fn drop(&mut self) {
         if self.shared.handles.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // The lock orders this against an engine that is about to wait.
-            drop(self.shared.inbox());
-            self.shared.notify();
+            self.shared.announce(self.shared.inbox());
         }
     }
 }
@@ -236,8 +235,7 @@ impl RequestGuard {
         let mut inbox = self.shared.inbox();
         if inbox.live.get(&self.id) == Some(&self.key) {
             inbox.commands.push_back(Command::Abort(self.key));
-            drop(inbox);
-            self.shared.notify();
+            self.shared.announce(inbox);
         }
     }
 }

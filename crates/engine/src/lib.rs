@@ -7,8 +7,13 @@
 
 mod clock;
 mod config;
+mod engine;
 mod handle;
+mod live;
+mod model_runner;
+mod prepare;
 mod request;
+mod runner;
 mod shared;
 mod stats;
 mod validate;
@@ -16,12 +21,17 @@ mod validate;
 pub use bitfast_scheduler::Policy;
 pub use clock::{Clock, SystemClock, VirtualClock};
 pub use config::{EngineConfig, EngineInfo, MAX_LOGIT_BIAS, MAX_SAMPLES, MAX_WORDS, system_fingerprint};
+pub use engine::{Engine, EngineError, Step};
 pub use handle::{
     EngineHandle, Health, RequestGuard, RequestStream, Shutdown, SleepLevel, TryEvent, UnsupportedSleep,
 };
+pub use model_runner::ModelRunner;
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
     TokenLogprobs, sample_seed,
+};
+pub use runner::{
+    ObservedRow, Readback, RowObserver, Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs,
 };
 pub use shared::EventSink;
 pub use stats::{EngineStats, StepRecord};

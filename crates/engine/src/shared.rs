@@ -51,6 +51,8 @@ pub(crate) struct Inbox {
     pub(crate) queued: usize,
     pub(crate) life: Life,
     pub(crate) paused: bool,
+    /// Counts changes, so that a waiting engine misses none.
+    pub(crate) epoch: u64,
     next_key: RequestKey,
 }
 
@@ -74,6 +76,7 @@ impl Shared {
             queued: 0,
             life: Life::Running,
             paused: false,
+            epoch: 0,
             next_key: 1,
         };
         Self {
@@ -100,13 +103,21 @@ impl Shared {
         self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn notify(&self) {
+    /// Releases the inbox after a change and wakes whoever waits for one.
+    pub(crate) fn announce(&self, mut inbox: MutexGuard<'_, Inbox>) {
+        inbox.epoch += 1;
+        drop(inbox);
         self.changed.notify_all();
     }
 
-    /// Waits for a change; spurious returns are allowed.
-    pub(crate) fn wait<'a>(&self, inbox: MutexGuard<'a, Inbox>) -> MutexGuard<'a, Inbox> {
-        self.changed.wait(inbox).unwrap_or_else(PoisonError::into_inner)
+    /// Waits until the inbox has changed since `epoch`.
+    pub(crate) fn wait_past(&self, epoch: u64) {
+        let inbox = self.inbox();
+        drop(
+            self.changed
+                .wait_while(inbox, |inbox| inbox.epoch == epoch)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// Waits for a change, at most for `timeout`.

@@ -66,4 +66,6 @@ pub enum Outcome {
     Token(u32),
     /// The sequence has ended (its last token, if any, needs no keys and values).
     Finished,
+    /// The sequence has ended because its rows are not to be trusted: nothing of this part is cached.
+    Failed,
 }

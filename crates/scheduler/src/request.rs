@@ -132,6 +132,11 @@ impl Sequence {
         &self.tokens[self.prompt_len..]
     }
 
+    /// Most tokens that will be appended.
+    pub fn max_new_tokens(&self) -> u32 {
+        self.max_new_tokens
+    }
+
     /// KV blocks in token order, enough for all known tokens while running; empty while waiting.
     pub fn block_table(&self) -> &[BlockId] {
         &self.table

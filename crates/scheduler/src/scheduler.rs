@@ -459,7 +459,8 @@ impl Scheduler {
         let s = self.sequences.get_mut(&part.seq).expect("sequences in flight live");
         assert_eq!(s.computed, part.start as usize, "{:?} moved while in flight", part.seq);
         s.computed += part.len as usize;
-        if self.config.prefix_caching && s.computed / block_size > s.published {
+        let trusted = self.config.prefix_caching && outcome != Outcome::Failed;
+        if trusted && s.computed / block_size > s.published {
             s.hash_blocks(self.config.hash_key, block_size);
             for i in s.published..s.computed / block_size {
                 self.pool.publish(s.table[i], s.hashes[i]);
@@ -473,7 +474,7 @@ impl Scheduler {
             place => panic!("{:?} was not in flight: {place:?}", part.seq),
         }
         match (outcome, part.work) {
-            (Outcome::Finished, _) => self.remove(part.seq),
+            (Outcome::Finished | Outcome::Failed, _) => self.remove(part.seq),
             (Outcome::Computed, Work::Chunk) => {}
             (Outcome::Token(token), Work::PrefillEnd | Work::Decode) => {
                 s.tokens.push(token);

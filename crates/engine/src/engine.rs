@@ -1,0 +1,608 @@
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bitfast_ops::{RowSample, SampleRow};
+use bitfast_scheduler::{
+    Batch, ConfigError, Limits, Outcome, Part, Scheduler, SchedulerConfig, SeqId, Turn, Work,
+};
+
+use crate::clock::Clock;
+use crate::config::{EngineConfig, EngineInfo};
+use crate::handle::EngineHandle;
+use crate::live::{Live, Place, token_logprobs};
+use crate::prepare::{Prepared, RowUse};
+use crate::request::{FinishReason, splitmix64};
+use crate::runner::{ObservedRow, Readback, RowObserver, Runner, StepInputs, StepOutputs};
+use crate::shared::{Command, Life, RequestKey, Shared, Submission};
+use crate::stats::{EngineStats, StepRecord};
+
+/// Why an engine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// Limits that contradict each other.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A limit exceeds what the runner has room for.
+    #[error("{name} is {value}, but the model was loaded for {limit}")]
+    BeyondRunner {
+        /// The limit's name.
+        name: &'static str,
+        /// What was configured.
+        value: usize,
+        /// What the runner has room for.
+        limit: usize,
+    },
+    /// The engine's thread could not be started.
+    #[error("the engine thread could not be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// What [`Engine::step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A step was executed.
+    Ran(StepRecord),
+    /// There was nothing to do, or scheduling is paused.
+    Idle,
+    /// The engine has ended.
+    Ended,
+}
+
+/// The engine itself: single-threaded and steppable. A service lets it run on its own thread
+/// ([`Engine::spawn`]); tests call [`Engine::step`].
+///
+/// All that happens is a function of the submissions, in their order, the runner and the clock; the clock
+/// enters metrics and records only.
+pub struct Engine<R: Runner> {
+    shared: Arc<Shared>,
+    runner: R,
+    scheduler: Scheduler,
+    requests: BTreeMap<RequestKey, Live>,
+    /// Owner and sample index of each sequence in the scheduler.
+    owners: BTreeMap<SeqId, (RequestKey, u32)>,
+    observer: Option<Box<dyn RowObserver>>,
+    prepared: Prepared,
+    /// Blocks whose content became garbage, when they are to be poisoned.
+    discarded: Vec<u32>,
+    stats: EngineStats,
+    seeds_drawn: u64,
+    /// The inbox's change count when it was last drained.
+    epoch: u64,
+}
+
+impl<R: Runner> Engine<R> {
+    /// An engine over `runner`. Limits of `config` that are beyond the runner are errors; the longest
+    /// sequence is clamped to the KV cache.
+    pub fn new(runner: R, config: EngineConfig, clock: Arc<dyn Clock>) -> Result<Self, EngineError> {
+        let room = runner.info();
+        let beyond = |name, value: usize, limit: usize| match value > limit {
+            true => Err(EngineError::BeyondRunner { name, value, limit }),
+            false => Ok(()),
+        };
+        beyond("max_num_batched_tokens", config.max_num_batched_tokens, room.max_num_batched_tokens)?;
+        beyond("max_model_len", config.max_model_len.unwrap_or(0), room.max_model_len)?;
+        let max_model_len =
+            config.max_model_len.unwrap_or(room.max_model_len).min(room.block_size * room.num_blocks);
+        let scheduler = Scheduler::new(SchedulerConfig {
+            limits: Limits {
+                block_size: room.block_size,
+                num_blocks: room.num_blocks,
+                max_num_seqs: config.max_num_seqs,
+                max_num_batched_tokens: config.max_num_batched_tokens,
+                max_logit_rows: room.max_logit_rows,
+                max_queued: config.max_queued,
+                max_model_len,
+            },
+            policy: config.policy,
+            chunked_prefill: config.chunked_prefill,
+            prefix_caching: config.prefix_caching,
+            hash_key: config.cache_key,
+        })?;
+        let info = EngineInfo {
+            max_model_len,
+            vocab_size: room.vocab_size,
+            block_size: room.block_size,
+            num_blocks: room.num_blocks,
+            class: room.class,
+            batch_invariant: room.batch_invariant,
+            device: room.device,
+            fingerprint: room.fingerprint,
+            config,
+        };
+        Ok(Self {
+            stats: EngineStats { kv_blocks_total: info.num_blocks, ..EngineStats::default() },
+            shared: Arc::new(Shared::new(info, clock)),
+            runner,
+            scheduler,
+            requests: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            observer: None,
+            prepared: Prepared::default(),
+            discarded: Vec::new(),
+            seeds_drawn: 0,
+            epoch: 0,
+        })
+    }
+
+    /// A new handle. An engine without handles and requests ends at its next step.
+    pub fn handle(&self) -> EngineHandle {
+        EngineHandle::new(Arc::clone(&self.shared))
+    }
+
+    /// Hands every logit row to `observer` from now on. Costs a copy of all logits a step.
+    pub fn observe_rows(&mut self, observer: Box<dyn RowObserver>) {
+        self.observer = Some(observer);
+    }
+
+    /// Fills blocks with NaN as soon as their content is garbage: tests prove with it that nothing reads them.
+    pub fn poison_discarded_blocks(&mut self) {
+        self.scheduler.track_discarded();
+    }
+
+    /// The scheduler, for tests.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// The runner, for tests.
+    pub fn runner(&self) -> &R {
+        &self.runner
+    }
+
+    /// Moves the engine to a thread of its own, where it runs until it is shut down or the last handle is gone.
+    pub fn spawn(self) -> Result<EngineHandle, EngineError> {
+        let handle = self.handle();
+        std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(move || self.run())?;
+        Ok(handle)
+    }
+
+    /// Steps until the engine ends; waits while there is nothing to do.
+    pub fn run(mut self) {
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                match self.step() {
+                    Step::Ran(_) => {}
+                    Step::Idle => self.shared.wait_past(self.epoch),
+                    Step::Ended => return,
+                }
+            }
+        }));
+        if let Err(panic) = result {
+            let message = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("(no message)");
+            self.die(&format!("the engine thread panicked: {message}"));
+        }
+    }
+
+    /// Takes in what handles asked for, then runs one step if there is one to run.
+    pub fn step(&mut self) -> Step {
+        let life = self.drain_inbox();
+        match life {
+            Life::Running if self.shared.has_handles() || !self.requests.is_empty() => {}
+            Life::Finishing if !self.requests.is_empty() => {}
+            Life::Dead(_) => return Step::Ended,
+            Life::Aborting => {
+                self.abort_all();
+                self.die("it was shut down");
+                return Step::Ended;
+            }
+            Life::Running | Life::Finishing => {
+                self.die("it was shut down");
+                return Step::Ended;
+            }
+        }
+        let start = self.shared.clock.now();
+        let Some(batch) = self.scheduler.schedule() else {
+            self.publish_stats();
+            return Step::Idle;
+        };
+        self.note_scheduled(&batch, start);
+        let before = self.shared.clock.now();
+        let outputs = match self.execute(&batch) {
+            Ok(outputs) => outputs,
+            Err(error) => {
+                self.die(&error.to_string());
+                return Step::Ended;
+            }
+        };
+        let after = self.shared.clock.now();
+        self.observe(&batch, &outputs);
+        self.take_results(&batch, outputs.samples, after);
+        let record = self.record(&batch, start, after.saturating_sub(before));
+        Step::Ran(record)
+    }
+
+    /// Asserts the invariants of the engine and its scheduler. For tests.
+    pub fn check(&self) {
+        self.scheduler.check();
+        for (key, live) in &self.requests {
+            let count = |f: fn(&Place) -> bool| live.samples.iter().filter(|s| f(&s.place)).count();
+            assert_eq!(live.running, count(|p| matches!(p, Place::Running(_))), "running of {key}");
+            assert_eq!(live.unfinished, count(|p| *p != Place::Ended), "unfinished of {key}");
+            assert!(live.unfinished > 0, "request {key} outlived its samples");
+        }
+        for (seq, (key, index)) in &self.owners {
+            let place = self.requests[key].samples[*index as usize].place;
+            let sequence = self.scheduler.get(*seq).unwrap_or_else(|| panic!("{seq:?} is gone"));
+            let expected = match sequence.state_slot() {
+                Some(_) => Place::Running(*seq),
+                None => Place::Waiting(*seq),
+            };
+            assert_eq!(place, expected, "sample {index} of request {key}");
+        }
+        let waiting = self.scheduler.stats().waiting + self.scheduler.stats().running;
+        assert_eq!(waiting, self.owners.len(), "sequences without an owner");
+    }
+
+    fn drain_inbox(&mut self) -> Life {
+        let (commands, life) = {
+            let mut inbox = self.shared.inbox();
+            self.epoch = inbox.epoch;
+            match inbox.paused {
+                true => self.scheduler.pause(),
+                false => self.scheduler.resume(),
+            }
+            (std::mem::take(&mut inbox.commands), inbox.life.clone())
+        };
+        for command in commands {
+            match command {
+                Command::Submit(submission) => self.take_up(submission),
+                Command::Abort(key) => self.abort(key),
+                Command::ResetPrefixCache => self.scheduler.reset_prefix_cache(),
+            }
+        }
+        life
+    }
+
+    fn take_up(&mut self, submission: Submission) {
+        let config = &self.shared.info.config;
+        let seed = submission.request.sampling.seed.unwrap_or_else(|| {
+            self.seeds_drawn += 1;
+            drawn_seed(config.seed, self.seeds_drawn)
+        });
+        let key = submission.key;
+        let ticket = self.scheduler.ticket(submission.request.priority);
+        let live = Live::new(submission, seed, ticket, &config.eos_token_ids);
+        self.requests.insert(key, live);
+        if let Err(message) = self.add_sample(key, 0) {
+            self.fail(key, message);
+        }
+    }
+
+    /// Puts a sample in line. The handle has validated the request, so an error here is a bug or a race of
+    /// limits; it fails the request and nothing else.
+    fn add_sample(&mut self, key: RequestKey, index: u32) -> Result<(), String> {
+        let live = self.requests.get_mut(&key).expect("the request lives");
+        let seq = self.scheduler.add(live.sequence(index)).map_err(|error| error.to_string())?;
+        live.move_to(index, Place::Waiting(seq));
+        self.owners.insert(seq, (key, index));
+        Ok(())
+    }
+
+    fn abort(&mut self, key: RequestKey) {
+        let Some(live) = self.requests.get_mut(&key) else { return };
+        for index in 0..live.samples.len() as u32 {
+            let place = live.samples[index as usize].place;
+            if place == Place::Ended {
+                continue;
+            }
+            if let Place::Waiting(seq) | Place::Running(seq) = place {
+                self.scheduler.abort(seq);
+                self.owners.remove(&seq);
+            }
+            live.finish(index, FinishReason::Abort, None);
+            self.stats.finished_abort += 1;
+        }
+        self.end(key, None);
+    }
+
+    fn abort_all(&mut self) {
+        while let Some((&key, _)) = self.requests.first_key_value() {
+            self.abort(key);
+        }
+    }
+
+    /// Ends one request with an error; the others go on.
+    fn fail(&mut self, key: RequestKey, message: String) {
+        let live = self.requests.get_mut(&key).expect("the request lives");
+        for index in 0..live.samples.len() as u32 {
+            match live.samples[index as usize].place {
+                Place::Waiting(seq) | Place::Running(seq) => {
+                    self.scheduler.abort(seq);
+                    self.owners.remove(&seq);
+                }
+                Place::Behind => {}
+                Place::Ended => continue,
+            }
+            live.move_to(index, Place::Ended);
+        }
+        self.stats.failed += 1;
+        self.end(key, Some(message));
+    }
+
+    /// Takes a request with no samples left out of service. Its id is free again before the last event.
+    fn end(&mut self, key: RequestKey, failure: Option<String>) {
+        let live = self.requests.remove(&key).expect("the request lives");
+        {
+            let mut inbox = self.shared.inbox();
+            inbox.live.remove(&live.id);
+            inbox.queued -= usize::from(!live.started);
+        }
+        live.end(self.shared.clock.now(), failure);
+    }
+
+    /// Starts, resumes and preemptions of this step.
+    fn note_scheduled(&mut self, batch: &Batch, now: Duration) {
+        let mut started = 0;
+        for admission in &batch.admitted {
+            let (key, index) = self.owners[&admission.seq];
+            let live = self.requests.get_mut(&key).expect("owners live");
+            live.move_to(index, Place::Running(admission.seq));
+            if admission.turn == Turn::First && index == 0 {
+                started += 1;
+                self.stats.prompt_tokens += live.prompt_len() as u64;
+                live.start(now, admission.cached_tokens);
+            }
+        }
+        for seq in &batch.preempted {
+            let (key, index) = self.owners[seq];
+            let live = self.requests.get_mut(&key).expect("owners live");
+            live.move_to(index, Place::Waiting(*seq));
+            live.metrics.preemptions += 1;
+        }
+        if started > 0 {
+            self.shared.inbox().queued -= started;
+        }
+    }
+
+    fn execute(&mut self, batch: &Batch) -> Result<StepOutputs, crate::runner::RunnerError> {
+        let Self { prepared, scheduler, requests, owners, runner, .. } = self;
+        prepared.fill(batch, scheduler, |part| {
+            let (key, index) = owners[&part.seq];
+            (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
+        });
+        for (part, usage) in &prepared.uses {
+            if let RowUse::Choose { .. } = usage {
+                let seq = batch.parts[*part].seq;
+                let (key, index) = owners[&seq];
+                let output = scheduler.get(seq).expect("scheduled sequences live").output();
+                requests.get_mut(&key).expect("owners live").update_forbidden(index, output);
+            }
+        }
+        self.discarded.clear();
+        // Poisoned before the new content is written: a block may have found its next owner in this very step.
+        scheduler.drain_discarded(&mut self.discarded);
+        let uses = prepared.uses.iter().enumerate();
+        let rows: Vec<SampleRow<'_>> = uses
+            .map(|(logit_row, (part, usage))| {
+                let seq = batch.parts[*part].seq;
+                let (key, index) = owners[&seq];
+                let sequence = scheduler.get(seq).expect("scheduled sequences live");
+                sample_row(logit_row as u32, *usage, &requests[&key], index, sequence)
+            })
+            .collect();
+        let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
+        let step = StepInputs { batch: &prepared.inputs, rows: &rows, poison: &self.discarded, readback };
+        let outputs = runner.execute(&step)?;
+        assert_eq!(outputs.samples.len(), rows.len(), "the runner answered other rows");
+        Ok(outputs)
+    }
+
+    fn observe(&mut self, batch: &Batch, outputs: &StepOutputs) {
+        let (Some(observer), Some(logits)) = (&mut self.observer, &outputs.logits) else { return };
+        let vocab = self.shared.info.vocab_size;
+        assert_eq!(logits.len(), self.prepared.uses.len() * vocab, "logits of another batch");
+        for ((part, usage), logits) in self.prepared.uses.iter().zip(logits.chunks_exact(vocab)) {
+            let (key, sample) = self.owners[&batch.parts[*part].seq];
+            let (RowUse::Score { position } | RowUse::Choose { position }) = *usage;
+            observer.row(ObservedRow { request: &self.requests[&key].id, sample, position, logits });
+        }
+    }
+
+    fn take_results(&mut self, batch: &Batch, samples: Vec<RowSample>, now: Duration) {
+        let mut failures: BTreeMap<RequestKey, String> = BTreeMap::new();
+        let mut rows = self.prepared.uses.iter().zip(samples).peekable();
+        let mut outcomes = Vec::with_capacity(batch.parts.len());
+        let mut prompts_done = Vec::new();
+        for (i, part) in batch.parts.iter().enumerate() {
+            let (key, index) = self.owners[&part.seq];
+            let live = self.requests.get_mut(&key).expect("owners live");
+            let sequence = self.scheduler.get(part.seq).expect("scheduled sequences live");
+            let mut outcome = Outcome::Computed;
+            let first_end = part.work == Work::PrefillEnd && sequence.output().is_empty();
+            let mut reported = false;
+            while let Some(((_, usage), row)) = rows.next_if(|((owner, _), _)| *owner == i) {
+                if failures.contains_key(&key) {
+                    continue;
+                }
+                let token = match row.token {
+                    Ok(token) => token,
+                    Err(fault) => {
+                        failures.insert(key, fault.to_string());
+                        continue;
+                    }
+                };
+                match usage {
+                    RowUse::Score { .. } => {
+                        let row = row.logprobs.expect("scored rows have logprobs");
+                        live.prompt_scores.as_mut().expect("asked for").push(token_logprobs(token, row));
+                    }
+                    RowUse::Choose { .. } => {
+                        if first_end && index == 0 {
+                            live.report_prompt();
+                            reported = true;
+                        }
+                        self.stats.generation_tokens += 1;
+                        let generated = sequence.output().len() + 1;
+                        let end = live.token(index, token, generated, row.logprobs, now);
+                        outcome = match end {
+                            None => Outcome::Token(token),
+                            Some(reason) => {
+                                self.stats.finished_stop += u64::from(reason == FinishReason::Stop);
+                                self.stats.finished_length += u64::from(reason == FinishReason::Length);
+                                Outcome::Finished
+                            }
+                        };
+                    }
+                }
+            }
+            let failed = failures.contains_key(&key);
+            if first_end && index == 0 && !failed {
+                if !reported {
+                    live.report_prompt();
+                }
+                prompts_done.push(key);
+            }
+            // Scoring only: all samples end with the prompt.
+            if first_end && live.sampling.max_tokens == 0 && !failed {
+                for index in 0..live.samples.len() as u32 {
+                    live.finish(index, FinishReason::Length, None);
+                    self.stats.finished_length += 1;
+                }
+                outcome = Outcome::Finished;
+            }
+            outcomes.push(if failed { Outcome::Failed } else { outcome });
+        }
+        self.settle(batch, &outcomes, prompts_done, failures);
+    }
+
+    /// Commits the step, then ends what has ended and puts further samples in line.
+    fn settle(
+        &mut self,
+        batch: &Batch,
+        outcomes: &[Outcome],
+        prompts_done: Vec<RequestKey>,
+        mut failures: BTreeMap<RequestKey, String>,
+    ) {
+        self.scheduler.commit(batch, outcomes);
+        let mut touched = Vec::new();
+        for (part, outcome) in batch.parts.iter().zip(outcomes) {
+            if !matches!(outcome, Outcome::Finished | Outcome::Failed) {
+                continue;
+            }
+            let (key, index) = self.owners.remove(&part.seq).expect("scheduled sequences have owners");
+            let live = self.requests.get_mut(&key).expect("owners live");
+            if *outcome == Outcome::Failed && live.samples[index as usize].place != Place::Ended {
+                live.move_to(index, Place::Ended);
+            }
+            touched.push(key);
+        }
+        for key in prompts_done {
+            let live = &self.requests[&key];
+            let behind: Vec<u32> = (0..live.samples.len() as u32)
+                .filter(|i| live.samples[*i as usize].place == Place::Behind)
+                .collect();
+            for index in behind {
+                if let Err(message) = self.add_sample(key, index) {
+                    failures.entry(key).or_insert(message);
+                }
+            }
+        }
+        for (key, message) in failures {
+            self.fail(key, message);
+        }
+        for key in touched {
+            if self.requests.get(&key).is_some_and(|live| live.unfinished == 0) {
+                self.end(key, None);
+            }
+        }
+    }
+
+    fn record(&mut self, batch: &Batch, start: Duration, execute: Duration) -> StepRecord {
+        let rows = |decode: bool| -> u32 {
+            let of = |part: &&Part| (part.work == Work::Decode) == decode;
+            batch.parts.iter().filter(of).map(|part| part.len).sum()
+        };
+        self.stats.steps = batch.step;
+        self.publish_stats();
+        let waiting = self.requests.len().saturating_sub(self.stats.running) as u32;
+        let record = StepRecord {
+            id: batch.step,
+            start,
+            duration: self.shared.clock.now().saturating_sub(start),
+            execute,
+            prefill_tokens: rows(false),
+            decode_tokens: rows(true),
+            seqs: batch.parts.len() as u32,
+            waiting,
+        };
+        self.shared.steps().push(record);
+        record
+    }
+
+    fn publish_stats(&mut self) {
+        let scheduler = self.scheduler.stats();
+        self.stats.running = self.requests.values().filter(|live| live.running > 0).count();
+        self.stats.waiting = self.requests.len() - self.stats.running;
+        self.stats.kv_blocks_used = scheduler.blocks_used;
+        self.stats.prefix_queries = scheduler.prefix_queries;
+        self.stats.prefix_hits = scheduler.prefix_hits;
+        self.stats.preemptions = scheduler.preemptions;
+        *self.shared.stats() = self.stats;
+    }
+
+    /// Ends the engine: live and queued requests fail with `reason`, later ones are refused.
+    fn die(&mut self, reason: &str) {
+        let commands = {
+            let mut inbox = self.shared.inbox();
+            inbox.life = Life::Dead(reason.to_owned());
+            inbox.live.clear();
+            inbox.queued = 0;
+            let commands = std::mem::take(&mut inbox.commands);
+            self.shared.announce(inbox);
+            commands
+        };
+        let now = self.shared.clock.now();
+        for live in std::mem::take(&mut self.requests).into_values() {
+            live.end(now, Some(reason.to_owned()));
+        }
+        for command in commands {
+            if let Command::Submit(mut submission) = command {
+                (submission.sink)(crate::Event::Failed(reason.to_owned()));
+            }
+        }
+    }
+}
+
+impl<R: Runner> Drop for Engine<R> {
+    fn drop(&mut self) {
+        if !matches!(self.shared.inbox().life, Life::Dead(_)) {
+            self.die("it was dropped");
+        }
+    }
+}
+
+fn sample_row<'a>(
+    logit_row: u32,
+    usage: RowUse,
+    live: &'a Live,
+    index: u32,
+    sequence: &'a bitfast_scheduler::Sequence,
+) -> SampleRow<'a> {
+    match usage {
+        RowUse::Score { position } => SampleRow {
+            logit_row,
+            position: position + 1,
+            choose: None,
+            score_token: Some(sequence.prompt()[position as usize + 1]),
+            logprobs: live.sampling.prompt_logprobs,
+        },
+        RowUse::Choose { position } => SampleRow {
+            logit_row,
+            position: position + 1,
+            choose: Some(live.choice(index, sequence)),
+            score_token: None,
+            logprobs: live.sampling.logprobs,
+        },
+    }
+}
+
+/// The `n`th seed drawn by an engine. 53 bits, so that it survives JSON.
+fn drawn_seed(engine_seed: u64, n: u64) -> u64 {
+    splitmix64(splitmix64(engine_seed).wrapping_add(n)) >> 11
+}
