@@ -2,11 +2,13 @@
 
 mod dummy;
 mod gguf;
+mod safetensors;
 
 use bitfast_ops::{HostTensor, bf16};
 
 pub use dummy::DummySource;
 pub use gguf::GgufSource;
+pub use safetensors::SafetensorsSource;
 
 use crate::WeightError;
 
