@@ -1,2 +1,32 @@
-//! Project chores.
-fn main() {}
+//! Project chores: `cargo xtask ci | tidy | models`.
+
+mod ci;
+mod models;
+mod tidy;
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+  ci      all checks: tidy, formatting, clippy, tests, documentation tests
+  tidy    rules of the source tree that the compiler does not check
+  models  fetch the models, tokenizers and templates that tests use, into the cache";
+
+fn main() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace");
+    match std::env::args().nth(1).as_deref() {
+        Some("ci") => ci::ci(root),
+        Some("models") => models::fetch(),
+        Some("tidy") => tidy_or_fail(root),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn tidy_or_fail(root: &Path) -> Result<()> {
+    let found = tidy::check(root);
+    if found.is_empty() {
+        return Ok(());
+    }
+    bail!("{} broken rules:\n{}", found.len(), found.join("\n"));
+}
