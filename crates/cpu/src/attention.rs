@@ -4,7 +4,6 @@
 //! of the two products, K and V are their B operands as they lie in the cache.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use bitfast_ops::contract::{ATTN_SPLIT_KEYS, ATTN_TILE_KEYS};
 use bitfast_ops::{AttnDesc, BatchInputs, Result, SeqInput, bf16, exact};
@@ -46,9 +45,10 @@ pub(crate) fn attention(
     let most_rows = items.iter().map(|i| i.rows.len() * group).max().unwrap_or(0);
     let parts = Parts::new(shape, most_rows);
     workers.reserve(parts.bytes)?;
-    let (isa, next) = (workers.isa, AtomicUsize::new(0));
-    workers.run(items.len() > 1, |_, scratch| {
-        while let Some(item) = items.get(next.fetch_add(1, Relaxed)) {
+    let isa = workers.isa;
+    workers.run(items.len() > 1, items.len(), |scratch, claims| {
+        for i in claims {
+            let item = &items[i];
             let seq = &batch.seqs[item.seq];
             let path = Path::choose(isa, item.rows.len() * group);
             let _session = PathSession::enter(path);

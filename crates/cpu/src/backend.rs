@@ -1,3 +1,5 @@
+use std::sync::OnceLock;
+
 use bitfast_ops::{
     AttnDesc, Backend, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc, LinearKind,
     NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, bf16,
@@ -7,14 +9,10 @@ use crate::attention::attention;
 use crate::isa::{Isa, IsaError};
 use crate::kv::{self, Kv};
 use crate::linear::{KSplit, Output, linear};
-use crate::pool::share;
 use crate::tensor::{Param, Tensor};
 use crate::weight::Weight;
 use crate::workers::Workers;
 use crate::{BLOCK_SIZES, memory, simd};
-
-/// Rows ops with fewer elements than this run on the calling thread: waking the others takes longer.
-const SMALL: usize = 1 << 13;
 
 /// How to build a [`CpuBackend`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,13 +62,8 @@ impl CpuBackend {
 
     /// Runs `body` for every row of the batch, spread over the threads when there is enough to do.
     fn for_rows(&mut self, cols: usize, body: impl Fn(&BatchInputs, Isa, usize) + Sync) {
-        let (batch, isa, threads) = (&self.batch, self.workers.isa, self.workers.threads());
-        let rows = batch.num_tokens();
-        let parallel = rows > 1 && rows * cols > SMALL;
-        self.workers.run(parallel, |thread, _| {
-            let mine = if parallel { share(rows, threads, thread) } else { 0..rows };
-            mine.for_each(|row| body(batch, isa, row));
-        });
+        let (batch, isa) = (&self.batch, self.workers.isa);
+        self.workers.run_ranges(batch.num_tokens(), cols, |rows| rows.for_each(|row| body(batch, isa, row)));
     }
 }
 
@@ -230,8 +223,26 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
-        let _ = (logits, rows);
-        Err(bitfast_ops::BackendError::Unsupported { backend: "cpu", op: "sampling" })
+        // A logit row that several requests read is copied for each: sampling overwrites it.
+        let mut readers = vec![0u32; rows.iter().map(|r| r.logit_row as usize + 1).max().unwrap_or(0)];
+        rows.iter().for_each(|r| readers[r.logit_row as usize] += 1);
+        let (isa, vocab, logits) = (self.workers.isa, logits.cols(), logits.view_mut());
+        let answers: Vec<OnceLock<RowSample>> = rows.iter().map(|_| OnceLock::new()).collect();
+        self.workers.run_ranges(rows.len(), vocab, |mine| {
+            for i in mine {
+                let row = &rows[i];
+                let index = row.logit_row as usize;
+                let answer = if readers[index] == 1 {
+                    // SAFETY: this request is the row's only reader.
+                    simd::sample_row(isa, unsafe { logits.f32_row(index) }, row)
+                } else {
+                    // SAFETY: nobody writes to a row with several readers.
+                    simd::sample_row(isa, &mut unsafe { logits.f32_row_shared(index) }.to_vec(), row)
+                };
+                let _ = answers[i].set(answer);
+            }
+        });
+        Ok(answers.into_iter().map(|a| a.into_inner().expect("every row was sampled")).collect())
     }
 
     fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {

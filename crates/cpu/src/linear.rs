@@ -15,10 +15,6 @@ use crate::workers::Workers;
 
 /// Outputs per panel: the row length of a block of C.
 const PANEL_N: usize = PANEL * TILE_N;
-/// Tiles that stay on one thread: a gate tile with its up tile.
-const UNIT: usize = 2;
-/// Widening fewer elements than this is not worth waking the workers.
-const SMALL: usize = 1 << 13;
 
 /// What becomes of the sums.
 #[derive(Clone, Copy)]
@@ -81,16 +77,10 @@ pub(crate) fn linear(
     let blocks = RowBlocks::new(path, rows);
     workers.reserve(leaves.count * blocks.capacity * PANEL_N * 4)?;
     let job = Job { w, path, leaves, blocks, a, a_stride, out };
-    let units = w.tiles().div_ceil(UNIT);
-    workers.run(true, |thread, scratch| {
-        let mine = share(units, threads, thread);
+    workers.run(true, w.tiles().div_ceil(PANEL), |scratch, claims| {
         let _session = PathSession::enter(path);
-        let mut tile = mine.start * UNIT;
-        let end = (mine.end * UNIT).min(w.tiles());
-        while tile < end {
-            let next = end.min(tile / PANEL * PANEL + PANEL);
-            job.tiles(isa, tile..next, scratch.cast());
-            tile = next;
+        for panel in claims {
+            job.tiles(isa, panel * PANEL..w.tiles().min((panel + 1) * PANEL), scratch.cast());
         }
     });
     Ok(())
@@ -179,11 +169,8 @@ fn widen_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Resul
     // An odd number of cache lines from row to row.
     let stride = (k / TILE_N | 1) * TILE_N;
     workers.widened.reserve(rows * stride * 4)?;
-    let (isa, threads) = (workers.isa, workers.threads());
-    let start = workers.widened.ptr() as usize;
-    let parallel = rows * k > SMALL;
-    workers.run(parallel, |thread, _| {
-        let mine = if parallel { share(rows, threads, thread) } else { 0..rows };
+    let (isa, start) = (workers.isa, workers.widened.ptr() as usize);
+    workers.run_ranges(rows, k, |mine| {
         for row in mine {
             // SAFETY: row `row` of the buffer, `stride` floats, written by this thread alone.
             let out = unsafe { std::slice::from_raw_parts_mut((start as *mut f32).add(row * stride), k) };

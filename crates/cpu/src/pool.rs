@@ -1,10 +1,14 @@
 //! A fork-join pool: the caller is worker 0, the others spin for a moment between jobs and then sleep.
 //!
-//! Architecture invariant: what a job computes may not depend on which worker does which part of it.
+//! A job is a set of numbered items that the threads claim. A worker joins a job only while it is open, and the
+//! caller closes it once every item is claimed: a worker that the system has put aside is not waited for.
+//!
+//! Architecture invariant: what a job computes may not depend on which thread does which item.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{JoinHandle, yield_now};
 
@@ -17,11 +21,9 @@ const SPINS_BEFORE_YIELD: usize = 300;
 type Job = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
-    /// Number of jobs started so far; a worker that sees a new number runs `job`.
-    epoch: AtomicUsize,
+    /// Number of the job (upper half), [`OPEN`], and the workers that are in it (lower bits).
+    state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
-    /// Workers that have not finished the current job.
-    running: AtomicUsize,
     /// A worker's part of a job panicked.
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -30,14 +32,19 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `job` is written by the owner of the `Pool` only while no worker runs (`running` is 0) and is
-// published by the release store of `epoch`; the raw pointer is to a `Sync` closure.
+/// Workers may still join the job.
+const OPEN: u64 = 1 << 31;
+/// One more job.
+const NEXT: u64 = 1 << 32;
+
+// SAFETY: `job` is written by the owner of the `Pool` only while the job is closed and no worker is in it, and
+// is published by the store of `state`; the raw pointer is to a `Sync` closure.
 unsafe impl Sync for Shared {}
 // SAFETY: see above.
 unsafe impl Send for Shared {}
 
 /// A fixed set of threads. Dropping it ends them.
-pub struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
 }
@@ -47,9 +54,8 @@ impl Pool {
     /// for one core per worker; a refusal is ignored.
     pub fn new(threads: usize, pin: bool) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            running: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
@@ -80,22 +86,23 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `job(0)` here and `job(1..threads)` on the workers; returns when all have returned.
+    /// Calls `job(0)` here and `job(i)` on each worker that comes in time; returns when all calls have
+    /// returned. `job(0)` alone must get everything done if nobody else comes.
     pub fn run(&mut self, job: impl Fn(usize) + Sync) {
         if self.workers.is_empty() {
             return job(0);
         }
         let shared = &*self.shared;
         let lent: &(dyn Fn(usize) + Sync) = &job;
-        // SAFETY: no worker runs, so nobody reads `job`. The lifetime is widened to 'static, but all workers
-        // are done with it before this function returns or unwinds (`Finish` below).
+        // SAFETY: no worker is in a job, so nobody reads `job`. The lifetime is widened to 'static, but all
+        // workers are done with it before this function returns or unwinds (`Finish` below).
         unsafe {
             *shared.job.get() =
                 Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync), Job>(lent as *const _));
         }
-        shared.running.store(self.workers.len(), Relaxed);
-        // SeqCst pairs with the worker's `sleepers` increment: either it sees the epoch or we see the sleeper.
-        shared.epoch.fetch_add(1, SeqCst);
+        let number = shared.state.load(Relaxed) & !(NEXT - 1);
+        // SeqCst pairs with the worker's `sleepers` increment: either it sees the job or we see the sleeper.
+        shared.state.store(number.wrapping_add(NEXT) | OPEN, SeqCst);
         if shared.sleepers.load(SeqCst) > 0 {
             drop(shared.lock.lock().expect("no panic under this lock"));
             shared.wake.notify_all();
@@ -107,15 +114,21 @@ impl Pool {
     }
 }
 
-/// Waits for the workers, also when the caller's own part unwinds.
+/// Closes the job and waits for the workers in it, also when the caller's own part unwinds.
 struct Finish<'a>(&'a Shared);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
+        let mut state = self.0.state.fetch_and(!OPEN, AcqRel) & !OPEN;
         let mut spins = 0;
-        while self.0.running.load(Acquire) > 0 {
+        while state & (OPEN - 1) > 0 {
             spins += 1;
-            if spins < SPINS_BEFORE_YIELD { spin_loop() } else { yield_now() }
+            if spins < SPINS_BEFORE_YIELD {
+                spin_loop()
+            } else {
+                yield_now()
+            }
+            state = self.0.state.load(Acquire);
         }
     }
 }
@@ -133,25 +146,31 @@ impl Drop for Pool {
 }
 
 fn worker(shared: &Shared, id: usize) {
-    let mut seen = 0;
-    while let Some(epoch) = next_epoch(shared, seen) {
-        seen = epoch;
-        // SAFETY: `job` was written before the epoch that we have just seen, and the caller of `run` keeps
-        // it alive and unchanged until `running` is 0.
-        let job = unsafe { &*(*shared.job.get()).expect("a job precedes its epoch") };
+    let mut last = 0;
+    while let Some(open) = next_job(shared, last) {
+        last = open / NEXT;
+        // Joining fails when the job closes or another worker joins at the same moment.
+        if shared.state.compare_exchange(open, open + 1, AcqRel, Relaxed).is_err() {
+            last = last.wrapping_sub(1);
+            continue;
+        }
+        // SAFETY: `job` was written before the job that we have just joined opened, and the caller of `run`
+        // keeps it alive and unchanged until no worker is in it.
+        let job = unsafe { &*(*shared.job.get()).expect("a job precedes its number") };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(id)));
         if outcome.is_err() {
             shared.panicked.store(true, Relaxed);
         }
-        shared.running.fetch_sub(1, Release);
+        shared.state.fetch_sub(1, Release);
     }
 }
 
-/// Waits for an epoch other than `seen`; `None` when the pool ends.
-fn next_epoch(shared: &Shared, seen: usize) -> Option<usize> {
+/// Waits for an open job other than number `last` and returns its state; `None` when the pool ends.
+fn next_job(shared: &Shared, last: u64) -> Option<u64> {
     let arrived = |order| {
-        let epoch = shared.epoch.load(order);
-        (epoch != seen).then_some(Some(epoch)).or_else(|| shared.stop.load(order).then_some(None))
+        let state = shared.state.load(order);
+        let new = state & OPEN != 0 && state / NEXT != last;
+        new.then_some(Some(state)).or_else(|| shared.stop.load(order).then_some(None))
     };
     for spin in 0..SPINS_BEFORE_SLEEP {
         if let Some(answer) = arrived(Acquire) {
@@ -169,6 +188,37 @@ fn next_epoch(shared: &Shared, seen: usize) -> Option<usize> {
     };
     shared.sleepers.fetch_sub(1, SeqCst);
     answer
+}
+
+/// The items of a job: a range for each thread, which the others help to finish.
+pub(crate) struct Items {
+    ranges: Vec<ItemRange>,
+}
+
+/// On its own cache line: a thread alone in its range pays next to nothing for a claim.
+#[repr(align(64))]
+struct ItemRange {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Items {
+    /// `0..total`, a contiguous range for each of `threads` threads.
+    pub fn split(total: usize, threads: usize) -> Self {
+        let range = |Range { start, end }| ItemRange { next: AtomicUsize::new(start), end };
+        Self { ranges: (0..threads).map(|i| range(share(total, threads, i))).collect() }
+    }
+
+    /// Items for `thread` until none are left, its own range's first.
+    pub fn claim(&self, thread: usize) -> impl Iterator<Item = usize> {
+        let (before, from) = self.ranges.split_at(thread % self.ranges.len());
+        from.iter().chain(before).flat_map(|range| {
+            std::iter::from_fn(move || {
+                let item = range.next.fetch_add(1, Relaxed);
+                (item < range.end).then_some(item)
+            })
+        })
+    }
 }
 
 /// Cores that this process may use, ascending; empty when the system does not say.
@@ -212,14 +262,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_worker_runs_every_job_once_before_run_returns() {
+    fn every_item_is_done_once_before_run_returns() {
         for threads in [1, 2, 3, 5] {
             let mut pool = Pool::new(threads, false);
             assert_eq!(pool.threads(), threads);
-            for _ in 0..500 {
-                let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(|id| {
-                    counts[id].fetch_add(1, Relaxed);
+            for total in (0..100).chain([1000]) {
+                let counts: Vec<AtomicUsize> = (0..total).map(|_| AtomicUsize::new(0)).collect();
+                let items = Items::split(total, threads);
+                pool.run(|thread| {
+                    for item in items.claim(thread) {
+                        counts[item].fetch_add(1, Relaxed);
+                    }
                 });
                 assert!(counts.iter().all(|c| c.load(Relaxed) == 1));
             }
@@ -227,32 +280,40 @@ mod tests {
     }
 
     #[test]
-    fn sleeping_workers_wake_up() {
+    fn sleeping_workers_wake_up_and_join() {
         let mut pool = Pool::new(3, true);
         for _ in 0..3 {
             while pool.shared.sleepers.load(SeqCst) < 2 {
                 yield_now();
             }
-            let sum = AtomicUsize::new(0);
-            pool.run(|id| {
-                sum.fetch_add(id + 1, Relaxed);
+            let joined = AtomicUsize::new(0);
+            pool.run(|_| {
+                joined.fetch_add(1, Relaxed);
+                while joined.load(Relaxed) < 3 {
+                    yield_now();
+                }
             });
-            assert_eq!(sum.load(Relaxed), 6);
+            assert_eq!(joined.load(Relaxed), 3);
         }
     }
 
     #[test]
     fn a_panic_in_a_worker_reaches_the_caller_and_the_pool_lives_on() {
         let mut pool = Pool::new(2, false);
+        let joined = AtomicUsize::new(0);
+        let both = |panics: bool| {
+            joined.fetch_add(1, Relaxed);
+            while joined.load(Relaxed) % 2 == 1 {
+                yield_now();
+            }
+            assert!(!panics, "expected in this test");
+        };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            pool.run(|id| assert_eq!(id, 0, "expected in this test"));
+            pool.run(|thread| both(thread == 1));
         }));
         assert!(outcome.is_err());
-        let sum = AtomicUsize::new(0);
-        pool.run(|id| {
-            sum.fetch_add(id + 1, Relaxed);
-        });
-        assert_eq!(sum.load(Relaxed), 3);
+        pool.run(|_| both(false));
+        assert_eq!(joined.load(Relaxed), 4);
     }
 
     #[test]

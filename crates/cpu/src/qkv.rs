@@ -6,13 +6,10 @@ use bitfast_ops::{BatchInputs, QkvPrepDesc, RopeTable, bf16};
 
 use crate::Isa;
 use crate::kv::Kv;
-use crate::pool::share;
 use crate::simd;
 use crate::tensor::{Param, Tensor, TensorMut};
 use crate::workers::Workers;
 
-/// Fewer elements than this are not worth waking the workers.
-const SMALL: usize = 1 << 13;
 /// Largest head that is rotated without allocation.
 const MAX_HEAD: usize = 512;
 
@@ -44,10 +41,8 @@ pub(crate) fn qkv_prep(
     };
     let prep = Prep { isa: workers.isa, batch, desc, qkv, q_norm, k_norm, rope, kv, q_out: q_out.view_mut() };
     let runs = block_runs(batch, kv.shape(desc.layer).block_size);
-    let parallel = batch.num_tokens() * qkv.cols() > SMALL;
-    let threads = workers.threads();
-    workers.run(parallel, |thread, _| {
-        let mine = if parallel { share(runs.len(), threads, thread) } else { 0..runs.len() };
+    let cost = batch.num_tokens() * qkv.cols() / runs.len().max(1);
+    workers.run_ranges(runs.len(), cost, |mine| {
         runs[mine].iter().cloned().flatten().for_each(|row| prep.row(row));
     });
 }

@@ -1,7 +1,7 @@
 //! Row functions of `ops::exact`, compiled once per instruction set. The bits are the same by construction:
 //! the source is one, and vectorising it moves no operation.
 
-use bitfast_ops::{bf16, exact};
+use bitfast_ops::{RowSample, SampleRow, bf16, exact};
 
 use crate::Isa;
 
@@ -52,5 +52,10 @@ per_isa! {
             exact::rms_norm_in_place(head, w, eps);
         }
         exact::rope(head, cos, sin);
+    }
+
+    /// One sampling request; overwrites its logits.
+    pub(crate) fn sample_row(logits: &mut [f32], row: &SampleRow<'_>) -> RowSample {
+        bitfast_ops::sample_row(logits, row)
     }
 }

@@ -141,6 +141,12 @@ impl<'a> TensorMut<'a> {
         unsafe { self.f32_part(row, 0, self.tensor.cols) }
     }
 
+    /// # Safety
+    /// Nobody may write to this row while the reference is alive.
+    pub unsafe fn f32_row_shared(self, row: usize) -> &'a [f32] {
+        self.tensor.row_f32(row)
+    }
+
     /// Columns `col..col + len` of a row.
     ///
     /// # Safety

@@ -1,8 +1,8 @@
 //! Weights, packed once at load for the micro-kernels.
 //!
-//! Layout: panels of 4 tiles (the last may be narrower); in a panel, chunk after chunk; in a chunk, its tiles
-//! side by side; a tile is `[16 pairs of k][16 outputs][2]` bf16 = 1 KiB. One worker's share of an op is thus one
-//! stream through memory.
+//! Layout: panels of 2 tiles (the last may be narrower; a gate tile is with its up tile); in a panel, chunk after chunk; in a chunk, its tiles
+//! side by side; a tile is `[16 pairs of k][16 outputs][2]` bf16 = 1 KiB. What a thread reads in an op is thus
+//! one stream through memory.
 
 use bitfast_ops::contract::{Class, KOrder, column_parallel_order, row_parallel_order};
 use bitfast_ops::{BackendError, HostTensor, LinearDesc, LinearKind, Result, bf16};
@@ -12,7 +12,7 @@ use crate::micro::{B_TILE, CHUNK, TILE_N};
 use crate::pool::share;
 
 /// Tiles per panel.
-pub(crate) const PANEL: usize = 4;
+pub(crate) const PANEL: usize = 2;
 /// Matrices from this size on are packed by several threads.
 const PARALLEL_PACK: usize = 1 << 20;
 

@@ -1,10 +1,14 @@
 use std::cell::UnsafeCell;
+use std::ops::Range;
 
 use bitfast_ops::Result;
 
 use crate::Isa;
 use crate::memory::Memory;
-use crate::pool::Pool;
+use crate::pool::{Items, Pool};
+
+/// Elements of a row op that are worth a claim (some microseconds of work).
+const SMALL: usize = 1 << 13;
 
 /// The pool with what its threads write while they work.
 pub(crate) struct Workers {
@@ -36,12 +40,33 @@ impl Workers {
         self.scratch.iter_mut().try_for_each(|slot| slot.0.get_mut().reserve(bytes))
     }
 
-    /// Calls `job(thread, its scratch)` on all threads, or on the caller alone when `parallel` is false.
-    pub fn run(&mut self, parallel: bool, job: impl Fn(usize, *mut u8) + Sync) {
+    /// Calls `job(its scratch, its claims)` on the threads until all of `0..total` is claimed and done; on the
+    /// caller alone when `parallel` is false.
+    pub fn run(
+        &mut self,
+        parallel: bool,
+        total: usize,
+        job: impl Fn(*mut u8, &mut dyn Iterator<Item = usize>) + Sync,
+    ) {
         let scratch = &self.scratch;
-        // SAFETY: thread `i` alone runs `job(i, ..)`, and `run` holds `&mut self`.
-        let call = |thread: usize| job(thread, unsafe { (*scratch[thread].0.get()).ptr() });
-        if parallel { self.pool.run(call) } else { call(0) }
+        // SAFETY: thread `i` alone asks for slot `i`, and `run` holds `&mut self`.
+        let slot = |thread: usize| unsafe { (*scratch[thread].0.get()).ptr() };
+        if !parallel {
+            return job(slot(0), &mut (0..total));
+        }
+        let items = Items::split(total, self.pool.threads());
+        self.pool.run(|thread| job(slot(thread), &mut items.claim(thread)));
+    }
+
+    /// The same over `0..total` in pieces of neighbouring items, `SMALL` or more of `cost` each.
+    pub fn run_ranges(&mut self, total: usize, cost: usize, job: impl Fn(Range<usize>) + Sync) {
+        let piece = SMALL.div_ceil(cost.max(1));
+        let pieces = total.div_ceil(piece);
+        self.run(pieces > 1, pieces, |_, claims| {
+            for i in claims {
+                job(i * piece..total.min((i + 1) * piece));
+            }
+        });
     }
 }
 
