@@ -1,3 +1,4 @@
+use crate::contract::{KOrder, column_parallel_order, row_parallel_order};
 use crate::{BatchInputs, Class, Dtype, HostTensor, RowSample, SampleRow};
 
 /// What a backend can fail with. Bad arguments are bugs and assert instead.
@@ -74,6 +75,18 @@ pub struct LinearDesc {
     pub k: usize,
     /// `Some(e)`: a stack of `e` expert matrices of this shape.
     pub experts: Option<usize>,
+}
+
+impl LinearDesc {
+    /// The order of its sums in a class.
+    pub fn k_order(&self, class: Class) -> KOrder {
+        match self.kind {
+            LinearKind::Row => row_parallel_order(self.k),
+            LinearKind::Column | LinearKind::GateUp | LinearKind::Vocab => {
+                column_parallel_order(class, self.n, self.k)
+            }
+        }
+    }
 }
 
 /// An RMSNorm: `y = bf16(x * (1 / sqrt(mean(x^2) + eps)) * w)`.

@@ -9,8 +9,11 @@ mod batch;
 pub mod contract;
 mod dtype;
 pub mod exact;
+pub mod reference;
 mod sampler;
 mod sampling;
+#[cfg(test)]
+mod testing;
 
 pub use backend::{
     AttnDesc, Backend, BackendError, Capabilities, DeltaDesc, KvLayout, LayerKv, LinearDesc, LinearKind,

@@ -65,18 +65,13 @@ pub fn logprob(x: f32, lse: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn row(n: usize, spread: f32) -> Vec<f32> {
-        (0..n as u64)
-            .map(|i| ((i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / 16_777_216.0 - 0.5) * spread)
-            .collect()
-    }
+    use crate::testing::floats;
 
     #[test]
     fn log_sum_exp_matches_f64() {
         for n in [1, 2, 15, 16, 17, 1023, 1024, 1025, 49_152, 151_936] {
             for spread in [0.0, 1.0, 40.0, 1e4] {
-                let x = row(n, spread);
+                let x = floats(n, 1, spread);
                 let exact = {
                     let max = x.iter().fold(f64::MIN, |a, b| a.max(*b as f64));
                     max + x.iter().map(|x| (*x as f64 - max).exp()).sum::<f64>().ln()
@@ -93,7 +88,7 @@ mod tests {
     #[test]
     fn sum_exp_is_the_defined_order() {
         for n in [1, 5, 1024, 1500, 4096] {
-            let x = row(n, 8.0);
+            let x = floats(n, 2, 4.0);
             let (max, nan) = row_max(&x);
             assert!(!nan);
             let mut expected = 0.0;
@@ -116,7 +111,7 @@ mod tests {
         assert_eq!(log_sum_exp(&[f32::NEG_INFINITY, 3.0]), 3.0);
         assert_eq!(log_sum_exp(&[f32::INFINITY, 3.0]), f32::MAX);
         assert_eq!(row_max(&[1.0, f32::NAN, 2.0]), (2.0, true));
-        let mut long = row(100, 3.0);
+        let mut long = floats(100, 3, 2.0);
         long[99] = f32::NAN;
         assert!(row_max(&long).1);
         assert_eq!(logprob(f32::NEG_INFINITY, 3.0), f32::MIN);

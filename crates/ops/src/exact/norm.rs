@@ -73,13 +73,7 @@ pub fn add_rms_norm(residual: &mut [bf16], delta: &[bf16], w: &[f32], eps: f32, 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn row(n: usize, salt: u64) -> Vec<bf16> {
-        (0..n as u64)
-            .map(|i| ((i + salt).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / 8_388_608.0 - 1.0)
-            .map(bf16::from_f32)
-            .collect()
-    }
+    use crate::testing::values;
 
     /// The definition, word for word: 1024 lanes, chains, and a tree over all of them.
     fn naive_scale(x: &[bf16], eps: f32) -> f32 {
@@ -97,7 +91,7 @@ mod tests {
     fn scale_is_the_defined_order() {
         let mut differs_from_fold = false;
         for n in [1, 2, 3, 31, 64, 127, 128, 129, 576, 1023, 1024, 1025, 1536, 2048, 4096, 5120, 7000] {
-            let x = row(n, 7);
+            let x = values(n, 7, 1.0);
             let r = rms_scale(&x, 1e-5);
             assert_eq!(r.to_bits(), naive_scale(&x, 1e-5).to_bits(), "{n} elements");
             let fold = x.iter().fold(0f32, |s, x| x.to_f32().mul_add(x.to_f32(), s));
@@ -109,7 +103,7 @@ mod tests {
     #[test]
     fn norms_match_f64() {
         for n in [64, 576, 4096] {
-            let (x, delta, w) = (row(n, 1), row(n, 2), row(n, 3));
+            let (x, delta, w) = (values(n, 1, 1.0), values(n, 2, 1.0), values(n, 3, 1.0));
             let w = norm_weights(NormDesc { eps: 1e-6, unit_offset: true }, &w);
             let (mut residual, mut out) = (x.clone(), vec![bf16::ZERO; n]);
             add_rms_norm(&mut residual, &delta, &w, 1e-6, &mut out);
@@ -132,7 +126,7 @@ mod tests {
 
     #[test]
     fn nan_spreads_over_its_row() {
-        let mut x = row(576, 1);
+        let mut x = values(576, 1, 1.0);
         x[500] = bf16::NAN;
         assert!(rms_scale(&x, 1e-5).is_nan());
     }
