@@ -1,2 +1,33 @@
 //! The `bitfast` command.
-fn main() {}
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod bench;
+mod chat;
+mod exit;
+mod flags;
+mod interrupt;
+mod progress;
+mod prompts_file;
+mod pull;
+mod run;
+
+use std::process::ExitCode;
+
+use flags::{BenchCommand, Cli, Command};
+
+fn main() -> ExitCode {
+    interrupt::install();
+    let outcome = match Cli::from_args().command {
+        Command::Run(args) => run::run(&args),
+        Command::Pull(args) => pull::pull(&args),
+        Command::Models => pull::list(),
+        Command::Bench(BenchCommand::Latency(args)) => bench::latency(&args),
+        Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(exit) => exit.report(),
+    }
+}

@@ -1,1 +1,38 @@
-//! The offline API: LLM, SamplingParams, RequestOutput and streams.
+//! The offline API: [`LLM`], [`SamplingParams`], [`RequestOutput`] and streams.
+//!
+//! This crate joins the engine (token ids) with text (tokenizer, templates, stop strings), finds and fetches
+//! models, and decides which device runs them. The command line, the server and the Python package are skins
+//! over it.
+//!
+//! Architecture invariant: this is the only crate that names backends, and with [`mod@env`] the only one that
+//! reads the environment. It knows no HTTP and no terminal.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod assemble;
+pub mod env;
+mod error;
+mod fetch;
+mod llm;
+mod load;
+mod output;
+mod params;
+mod request;
+mod start;
+
+pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
+pub use assemble::{Assembler, Chunk, Step};
+pub use bitfast_engine::{
+    EngineHandle, EngineInfo, EngineStats, Event, Health, RequestGuard, Shutdown, SleepLevel, StepRecord,
+};
+pub use bitfast_model::GenerationConfig;
+pub use bitfast_text::{ChatMessage, Tokenizer};
+pub use error::{Error, Result};
+pub use fetch::{ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
+pub use llm::LLM;
+pub use output::{
+    CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, StopReason,
+};
+pub use params::SamplingParams;
+pub use request::{Prompt, Request, Stream};

@@ -1,0 +1,381 @@
+//! The command line: every flag, with its help. What a flag means is decided in the library.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use bitfast::{
+    DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
+};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Batch-invariant LLM inference: the bits of an answer never depend on what else runs beside it.
+#[derive(Parser, Debug)]
+#[command(name = "bitfast", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Complete a prompt, chat, or answer a file of prompts
+    Run(Box<RunArgs>),
+    /// Fetch a model into the cache
+    Pull(PullArgs),
+    /// List the models that have a short name
+    Models,
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum BenchCommand {
+    /// Time one batch: prefill and decode speed, and the latency of the whole
+    Latency(Box<LatencyArgs>),
+    /// Many requests at once: tokens and requests a second
+    Throughput(Box<ThroughputArgs>),
+}
+
+impl Cli {
+    /// Reads the process's arguments; usage mistakes end the process with code 2.
+    pub fn from_args() -> Self {
+        let matches = Self::full_command().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+    }
+
+    /// The parser with the help's generated parts.
+    pub fn full_command() -> clap::Command {
+        let variables = environment_help();
+        Self::command()
+            .after_long_help(variables.clone())
+            .mut_subcommand("run", |run| run.after_long_help(format!("{RUN_EXAMPLES}\n\n{variables}")))
+    }
+}
+
+fn environment_help() -> String {
+    let mut text = String::from("Environment (flags win over it, earlier names over later ones):");
+    for var in bitfast::env::ALL {
+        text.push_str(&format!("\n  {}\n      {}", var.names.join(", "), var.doc));
+    }
+    text
+}
+
+const RUN_EXAMPLES: &str = r#"Examples:
+  bitfast run "The capital of France is"
+  bitfast run --chat "Why is the sky blue?" --max-tokens 100
+  bitfast run                                  (a terminal: an interactive chat)
+  echo "Once upon a time" | bitfast run --temperature 0.8 --seed 7
+  bitfast run --json --logprobs 3 "2 + 2 ="
+  bitfast run --prompts questions.jsonl --output answers.jsonl
+
+A line of the prompts file is a JSON object: one of "prompt" (text), "prompt_token_ids" or "messages",
+optionally "id" and any sampling parameter ("temperature", "max_tokens", "stop", ...). A line of the output is
+what --json prints. Run the same command again after an interruption: what is answered is not asked again."#;
+
+/// Complete a prompt, chat, or answer a file of prompts.
+///
+/// The text is completed as it stands; --chat applies the model's chat template. With no prompt: a chat on a
+/// terminal, else the prompt is read from standard input.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// Text to complete, or with --chat a question to answer
+    pub prompt: Option<String>,
+    /// Apply the model's chat template to the prompt
+    #[arg(long)]
+    pub chat: bool,
+    /// System message of a chat
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Print the whole answer as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Answer every line of this JSON Lines file
+    #[arg(long, value_name = "FILE", requires = "output", conflicts_with_all = ["prompt", "system", "json"])]
+    pub prompts: Option<PathBuf>,
+    /// Where the answers go; answers that are there already are kept and not asked again
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub sampling: SamplingFlags,
+    #[command(flatten)]
+    pub engine: EngineFlags,
+}
+
+#[derive(Args, Debug)]
+pub struct PullArgs {
+    /// A short name (see `bitfast models`) or a hub id (org/name)
+    pub name: String,
+    /// Branch, tag or commit of a hub model
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Print nothing but errors and the path
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Which model, on what, within which limits.
+#[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Model and engine")]
+pub struct EngineFlags {
+    /// A short name, a folder, a .gguf file or a hub id
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Branch, tag or commit of a hub model
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Folder or hub id of another tokenizer
+    #[arg(long, value_name = "NAME")]
+    pub tokenizer: Option<String>,
+    /// Work without a tokenizer: token ids in and out
+    #[arg(long)]
+    pub skip_tokenizer_init: bool,
+    /// Jinja file to use instead of the model's chat template
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+    /// auto, safetensors, gguf, or dummy (random weights, the same on every machine)
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub load_format: LoadFormat,
+    /// auto or cpu
+    #[arg(long, default_value_t)]
+    pub device: Device,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Most tokens of prompt and answer [default: the model's limit]
+    #[arg(long, value_name = "N")]
+    pub max_model_len: Option<usize>,
+    /// Most requests in a step [default: 64]
+    #[arg(long, value_name = "N")]
+    pub max_num_seqs: Option<usize>,
+    /// Most tokens in a step [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Tokens of a KV cache block [default: the device's choice]
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<usize>,
+    /// Memory for the KV cache, such as 512M or 2GiB [default: auto, at most 4GiB]
+    #[arg(long, value_name = "SIZE")]
+    pub kv_cache_memory: Option<KvCacheMemory>,
+    /// Do not keep KV blocks for prompts that start alike
+    #[arg(long, overrides_with = "enable_prefix_caching")]
+    pub no_enable_prefix_caching: bool,
+    #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
+    pub enable_prefix_caching: bool,
+    /// Do not split prompts over steps
+    #[arg(long, overrides_with = "enable_chunked_prefill")]
+    pub no_enable_chunked_prefill: bool,
+    #[arg(long, hide = true, overrides_with = "no_enable_chunked_prefill")]
+    pub enable_chunked_prefill: bool,
+    /// fcfs or priority
+    #[arg(long, value_name = "POLICY", default_value_t)]
+    pub scheduling_policy: SchedulingPolicy,
+    /// Give up the bitwise law: an honest baseline, whose bits may depend on the batch
+    #[arg(long)]
+    pub no_batch_invariant: bool,
+    /// No start-up line and no progress on standard error
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+impl EngineFlags {
+    /// The environment's settings, then the flags on top.
+    pub fn to_args(&self) -> bitfast::Result<EngineArgs> {
+        let mut args = EngineArgs::new(&self.model).with_env()?;
+        args.revision.clone_from(&self.revision);
+        args.tokenizer.clone_from(&self.tokenizer);
+        args.skip_tokenizer_init = self.skip_tokenizer_init;
+        args.chat_template.clone_from(&self.chat_template);
+        args.load_format = self.load_format;
+        args.device = self.device;
+        args.threads = self.threads;
+        args.max_model_len = self.max_model_len;
+        args.max_num_seqs = self.max_num_seqs.unwrap_or(args.max_num_seqs);
+        // A small token budget alone is no mistake: it bounds the number of sequences too.
+        if let Some(tokens) = self.max_num_batched_tokens {
+            args.max_num_batched_tokens = tokens;
+            if self.max_num_seqs.is_none() {
+                args.max_num_seqs = args.max_num_seqs.min(tokens.max(1));
+            }
+        }
+        args.block_size = self.block_size;
+        args.kv_cache_memory = self.kv_cache_memory.unwrap_or(args.kv_cache_memory);
+        args.enable_prefix_caching = !self.no_enable_prefix_caching;
+        args.enable_chunked_prefill = !self.no_enable_chunked_prefill;
+        args.scheduling_policy = self.scheduling_policy;
+        if self.no_batch_invariant {
+            args.batch_invariant = false;
+        }
+        Ok(args)
+    }
+}
+
+/// Tokens of an answer when nothing says otherwise.
+const DEFAULT_MAX_TOKENS: u32 = 256;
+
+/// How to generate. A prompts file's line wins over these.
+#[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingFlags {
+    /// Most tokens to generate [default: 256]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u32>,
+    /// 0 to 2; 0 is greedy [default: the model's recommendation, else 0]
+    #[arg(short, long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Sample from the best tokens whose probabilities reach P
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Sample from the K best tokens
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    pub top_k: Option<i32>,
+    /// Drop tokens with less than P times the best one's probability
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// -2 to 2: against tokens that were generated before
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// -2 to 2: the same, for each time
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Above 0, to 2: against tokens of prompt and answer; 1 is off
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Key of the random stream; the same seed gives the same answer [default: drawn]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Independent answers
+    #[arg(short, long, default_value_t = 1)]
+    pub n: u32,
+    /// No end before this many tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_tokens: u32,
+    /// Go on after the model's end token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// End the answer at this text; can be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// End the answer at this token; can be given several times
+    #[arg(long, value_name = "ID")]
+    pub stop_token_id: Vec<u32>,
+    /// Keep the stop text in the answer
+    #[arg(long)]
+    pub include_stop_str_in_output: bool,
+    /// Show special tokens in the text
+    #[arg(long)]
+    pub no_skip_special_tokens: bool,
+    /// Report the chosen tokens' log probabilities, and those of the K best
+    #[arg(long, value_name = "K", num_args = 0..=1, default_missing_value = "0")]
+    pub logprobs: Option<u32>,
+    /// The same for the prompt's tokens
+    #[arg(long, value_name = "K", num_args = 0..=1, default_missing_value = "0")]
+    pub prompt_logprobs: Option<u32>,
+    /// Add X to a token's logit; can be given several times
+    #[arg(long, value_name = "ID=X", value_parser = parse_bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// A text that may not appear; can be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub bad_word: Vec<String>,
+    /// Keep only the last N tokens of the prompt
+    #[arg(long, value_name = "N")]
+    pub truncate_prompt_tokens: Option<u32>,
+}
+
+impl SamplingFlags {
+    /// The flags as parameters; `recommended` is the model's temperature.
+    pub fn to_params(&self, recommended: Option<f32>) -> SamplingParams {
+        SamplingParams {
+            n: self.n,
+            temperature: Some(self.temperature.or(recommended).unwrap_or(0.0)),
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            max_tokens: Some(self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS)),
+            min_tokens: self.min_tokens,
+            ignore_eos: self.ignore_eos,
+            stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_id.clone(),
+            include_stop_str_in_output: self.include_stop_str_in_output,
+            skip_special_tokens: !self.no_skip_special_tokens,
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            logit_bias: self.logit_bias.iter().copied().collect(),
+            bad_words: self.bad_word.clone(),
+            truncate_prompt_tokens: self.truncate_prompt_tokens,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let pair = text.split_once('=').ok_or("expected ID=X, such as 42=-5")?;
+    let id = pair.0.parse().map_err(|_| format!("{:?} is no token id", pair.0))?;
+    let bias = pair.1.parse().map_err(|_| format!("{:?} is no number", pair.1))?;
+    Ok((id, bias))
+}
+
+/// What a benchmark prints where.
+#[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Report")]
+pub struct ReportFlags {
+    /// Print the results as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write the results as JSON to a file
+    #[arg(long, value_name = "FILE")]
+    pub output_json: Option<PathBuf>,
+    /// Seed of the random prompts
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Time one batch of requests that start together.
+///
+/// Prompts are random token ids, distinct in every request and repetition; the prefix cache is off. Prefill and
+/// decode speed come from the engine's step records: prefill over the steps that read prompts, decode over the
+/// steps that only generate.
+#[derive(Args, Debug)]
+pub struct LatencyArgs {
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub input_len: usize,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub output_len: u32,
+    /// Requests
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub batch_size: usize,
+    /// Timed repetitions
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub num_iters: usize,
+    /// Repetitions before them
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub num_iters_warmup: usize,
+    #[command(flatten)]
+    pub report: ReportFlags,
+    #[command(flatten)]
+    pub engine: EngineFlags,
+}
+
+/// Send many requests at once and measure the whole.
+#[derive(Args, Debug)]
+pub struct ThroughputArgs {
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub input_len: usize,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub output_len: u32,
+    /// Requests
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub num_prompts: usize,
+    #[command(flatten)]
+    pub report: ReportFlags,
+    #[command(flatten)]
+    pub engine: EngineFlags,
+}

@@ -1,0 +1,78 @@
+//! Progress bars on standard error; hidden where that is no terminal.
+
+use std::time::Duration;
+
+use bitfast::{EngineArgs, LLM, Progress};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::exit::Outcome;
+
+/// A bar over `len` things that are called `unit`.
+pub fn bar(len: u64, unit: &str, quiet: bool) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(len), target(quiet));
+    let template = format!("{{bar:32}} {{pos}}/{{len}} {unit} [{{elapsed}} < {{eta}}] {{msg}}");
+    bar.set_style(ProgressStyle::with_template(&template).expect("a valid template"));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// Shows how fetches go.
+pub struct FetchBar {
+    bar: Option<ProgressBar>,
+    quiet: bool,
+}
+
+impl FetchBar {
+    /// Draws nothing when `quiet`.
+    pub fn new(quiet: bool) -> Self {
+        Self { bar: None, quiet }
+    }
+
+    /// Takes in one report.
+    pub fn show(&mut self, progress: Progress) {
+        match progress {
+            Progress::Start { what, total } => {
+                if !self.quiet {
+                    eprintln!("fetching {what}");
+                }
+                let bar = ProgressBar::with_draw_target(total, target(self.quiet));
+                let template = "{bar:32} {bytes}/{total_bytes} {bytes_per_sec} [{elapsed} < {eta}]";
+                bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+                self.bar = Some(bar);
+            }
+            Progress::Bytes(bytes) => {
+                if let Some(bar) = &self.bar {
+                    bar.set_position(bytes);
+                }
+            }
+            Progress::Done => {
+                if let Some(bar) = self.bar.take() {
+                    bar.finish_and_clear();
+                }
+            }
+        }
+    }
+}
+
+/// Loads the model, fetching it where needed, and prints the start-up line.
+pub fn start(args: EngineArgs, quiet: bool) -> Outcome<LLM> {
+    let mut bar = FetchBar::new(quiet);
+    let llm = LLM::with_progress(args, &mut |p| bar.show(p))?;
+    if !quiet {
+        let info = llm.info();
+        let law = if info.batch_invariant { "" } else { " (batch invariance OFF)" };
+        eprintln!(
+            "{} | class {}{law} | {} | {} | KV cache {} tokens",
+            llm.model(),
+            info.class.name(),
+            info.fingerprint,
+            info.device,
+            info.kv_cache_tokens(),
+        );
+    }
+    Ok(llm)
+}
+
+fn target(quiet: bool) -> ProgressDrawTarget {
+    if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() }
+}

@@ -1,0 +1,281 @@
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::env;
+use crate::error::{Error, Result};
+
+/// The model that is used when none is named.
+pub const DEFAULT_MODEL: &str = "smollm2-135m";
+
+/// How an engine is set up. `Default` is a CPU engine with the default model.
+///
+/// ```
+/// use bitfast_llm::{EngineArgs, LoadFormat};
+/// let args = EngineArgs { load_format: LoadFormat::Dummy, ..EngineArgs::new("Qwen/Qwen3-0.6B") };
+/// assert!(args.batch_invariant && args.enable_prefix_caching);
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineArgs {
+    /// An alias, a folder, a `.gguf` file, a hub id (`org/name`), or with [`LoadFormat::Dummy`] a built-in config.
+    pub model: String,
+    /// Branch, tag or commit of a hub model.
+    pub revision: Option<String>,
+    /// A folder, hub id or `tokenizer.json` to use instead of the model's own tokenizer.
+    pub tokenizer: Option<String>,
+    /// Start without a tokenizer: token ids in, token ids out.
+    pub skip_tokenizer_init: bool,
+    /// A Jinja file to use instead of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// What runs the model.
+    pub device: Device,
+    /// Worker threads of the CPU backend; `None`: one per core.
+    pub threads: Option<NonZeroUsize>,
+    /// Instruction-set path of the CPU backend; `None`: the fastest one present.
+    pub cpu_isa: Option<String>,
+    /// Most tokens of prompt and answer together; `None`: the model's own limit, less where the KV cache is smaller.
+    pub max_model_len: Option<usize>,
+    /// Most requests in one step.
+    pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// Most requests that wait; more are refused.
+    pub max_num_queued_reqs: usize,
+    /// Tokens of a KV block; `None`: the backend's choice.
+    pub block_size: Option<usize>,
+    /// How much memory the KV cache gets.
+    pub kv_cache_memory: KvCacheMemory,
+    /// Keep the KV blocks of finished requests for prompts that start alike.
+    pub enable_prefix_caching: bool,
+    /// Split long prompts over steps.
+    pub enable_chunked_prefill: bool,
+    /// Who runs first when not all fit.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Key of the generator that draws the seeds of requests which have none; `None`: from the system.
+    pub seed: Option<u64>,
+    /// Keep the bitwise law of NUMERICS.md.
+    pub batch_invariant: bool,
+    /// Most `logprobs` that a request may ask for.
+    pub max_logprobs: u32,
+}
+
+impl EngineArgs {
+    /// Defaults for `model`, the environment left aside.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            revision: None,
+            tokenizer: None,
+            skip_tokenizer_init: false,
+            chat_template: None,
+            load_format: LoadFormat::Auto,
+            device: Device::Auto,
+            threads: None,
+            cpu_isa: None,
+            max_model_len: None,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 1024,
+            max_num_queued_reqs: 1024,
+            block_size: None,
+            kv_cache_memory: KvCacheMemory::Auto,
+            enable_prefix_caching: true,
+            enable_chunked_prefill: true,
+            scheduling_policy: SchedulingPolicy::Fcfs,
+            seed: None,
+            batch_invariant: true,
+            max_logprobs: 20,
+        }
+    }
+
+    /// Applies the environment variables of [`crate::env`]; flags of a command line go on top of this.
+    pub fn with_env(mut self) -> Result<Self> {
+        if let Some(on) = env::BATCH_INVARIANT.flag()? {
+            self.batch_invariant = on;
+        }
+        if let Some((_, isa)) = env::CPU_ISA.get() {
+            self.cpu_isa = Some(isa);
+        }
+        if let Some((name, gib)) = env::KV_CACHE_GIB.get() {
+            let bytes = gib.parse::<f64>().ok().filter(|g| g.is_finite() && *g > 0.0);
+            let bytes =
+                bytes.ok_or_else(|| Error::invalid(name, format!("expected a size in GiB, got {gib:?}")))?;
+            self.kv_cache_memory = KvCacheMemory::Bytes((bytes * (1u64 << 30) as f64) as u64);
+        }
+        Ok(self)
+    }
+
+    /// Checks what can be checked before anything is loaded.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("max_num_queued_reqs", self.max_num_queued_reqs),
+            ("max_model_len", self.max_model_len.unwrap_or(1)),
+            ("block_size", self.block_size.unwrap_or(1)),
+        ];
+        if let Some((param, _)) = positive.iter().find(|(_, v)| *v == 0) {
+            return Err(Error::invalid(*param, "must be at least 1"));
+        }
+        if self.model.is_empty() {
+            return Err(Error::invalid("model", "must not be empty"));
+        }
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            return Err(Error::invalid(
+                "max_num_batched_tokens",
+                format!(
+                    "{} is less than max_num_seqs ({}); every running request needs a token a step",
+                    self.max_num_batched_tokens, self.max_num_seqs
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Default for EngineArgs {
+    fn default() -> Self {
+        Self::new(DEFAULT_MODEL)
+    }
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// Safetensors or GGUF, whichever is there.
+    #[default]
+    Auto,
+    /// Safetensors only.
+    Safetensors,
+    /// GGUF only.
+    Gguf,
+    /// Random weights that are the same on every machine; no files are needed for built-in configs.
+    Dummy,
+}
+
+/// What runs the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The best device present.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// Who runs first when not all requests fit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    #[default]
+    Fcfs,
+    /// Lower `priority` first, then first come.
+    Priority,
+}
+
+/// How much memory the KV cache gets, allocated at start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvCacheMemory {
+    /// Room for four requests of the model's full length, at most 4 GiB and half of the free memory.
+    #[default]
+    Auto,
+    /// This many bytes.
+    Bytes(u64),
+    /// Room for this many tokens.
+    Tokens(usize),
+}
+
+/// Implements `FromStr` and `Display` of an enum over its public spellings.
+macro_rules! spelled {
+    ($ty:ty, $param:literal, $($word:literal => $value:expr),+) => {
+        impl FromStr for $ty {
+            type Err = Error;
+            fn from_str(s: &str) -> Result<Self> {
+                match s {
+                    $($word => Ok($value),)+
+                    _ => Err(Error::invalid($param, format!("{s:?} is none of {}", [$($word),+].join(", ")))),
+                }
+            }
+        }
+        impl std::fmt::Display for $ty {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                $(if *self == $value { return f.write_str($word); })+
+                unreachable!("every value of {} is spelled", stringify!($ty))
+            }
+        }
+    };
+}
+
+spelled!(LoadFormat, "load_format", "auto" => Self::Auto, "safetensors" => Self::Safetensors, "gguf" => Self::Gguf, "dummy" => Self::Dummy);
+spelled!(Device, "device", "auto" => Self::Auto, "cpu" => Self::Cpu);
+spelled!(SchedulingPolicy, "scheduling_policy", "fcfs" => Self::Fcfs, "priority" => Self::Priority);
+
+impl FromStr for KvCacheMemory {
+    type Err = Error;
+
+    /// `auto`, or a size such as `512M`, `1.5GiB`, `2g` (powers of 1024) or plain bytes.
+    fn from_str(s: &str) -> Result<Self> {
+        if s == "auto" {
+            return Ok(Self::Auto);
+        }
+        let bad = || {
+            Error::invalid(
+                "kv_cache_memory",
+                format!("expected auto or a size such as 512M or 2GiB, got {s:?}"),
+            )
+        };
+        let split = s.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(s.len());
+        let (number, unit) = s.split_at(split);
+        let unit = unit.to_ascii_lowercase();
+        let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
+            "" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            _ => return Err(bad()),
+        };
+        let number: f64 = number.trim().parse().map_err(|_| bad())?;
+        let bytes = number * (1u64 << shift) as f64;
+        if !bytes.is_finite() || bytes < 1.0 {
+            return Err(bad());
+        }
+        Ok(Self::Bytes(bytes as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!("auto".parse::<KvCacheMemory>().unwrap(), KvCacheMemory::Auto);
+        assert_eq!("512M".parse::<KvCacheMemory>().unwrap(), KvCacheMemory::Bytes(512 << 20));
+        assert_eq!("1.5GiB".parse::<KvCacheMemory>().unwrap(), KvCacheMemory::Bytes(3 << 29));
+        assert_eq!("4096".parse::<KvCacheMemory>().unwrap(), KvCacheMemory::Bytes(4096));
+        for bad in ["", "M", "-1G", "1X", "nan", "0"] {
+            let err = bad.parse::<KvCacheMemory>().unwrap_err();
+            assert!(err.to_string().starts_with("kv_cache_memory: "), "{bad}: {err}");
+        }
+    }
+
+    #[test]
+    fn spellings_round_trip_and_name_the_choices() {
+        for f in [LoadFormat::Auto, LoadFormat::Safetensors, LoadFormat::Gguf, LoadFormat::Dummy] {
+            assert_eq!(f.to_string().parse::<LoadFormat>().unwrap(), f);
+        }
+        let err = "tpu".parse::<Device>().unwrap_err();
+        assert_eq!(err.to_string(), "device: \"tpu\" is none of auto, cpu");
+    }
+
+    #[test]
+    fn validation_names_the_parameter() {
+        let args = EngineArgs { max_num_seqs: 0, ..EngineArgs::default() };
+        assert_eq!(args.validate().unwrap_err().to_string(), "max_num_seqs: must be at least 1");
+        let args = EngineArgs { max_num_batched_tokens: 8, ..EngineArgs::default() };
+        assert!(args.validate().unwrap_err().to_string().starts_with("max_num_batched_tokens: 8 is less"));
+        EngineArgs::default().validate().unwrap();
+    }
+}

@@ -1,0 +1,134 @@
+//! Every environment variable that Bitfast reads, in one place.
+//!
+//! Architecture invariant: no other file of the workspace calls `std::env::var`. The help text and the
+//! README's table are checked against [`ALL`].
+
+/// One setting that can come from the environment; earlier names win over later ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EnvVar {
+    /// Accepted names, the preferred one first.
+    pub names: &'static [&'static str],
+    /// What it does, in one line.
+    pub doc: &'static str,
+}
+
+/// `0` or `1`: the bitwise law on or off.
+pub const BATCH_INVARIANT: EnvVar = EnvVar {
+    names: &["BITFAST_BATCH_INVARIANT", "VLLM_BATCH_INVARIANT"],
+    doc: "0 gives up the bitwise law (see --no-batch-invariant); 1, the default, keeps it",
+};
+
+/// Forces one instruction-set path of the CPU backend.
+pub const CPU_ISA: EnvVar = EnvVar {
+    names: &["BITFAST_CPU_ISA"],
+    doc: "amx | avx512 | avx2 | scalar: force one instruction-set path (same bits, other speed)",
+};
+
+/// Size of the KV cache on a CPU, in GiB.
+pub const KV_CACHE_GIB: EnvVar = EnvVar {
+    names: &["BITFAST_CPU_KVCACHE_SPACE", "VLLM_CPU_KVCACHE_SPACE"],
+    doc: "KV cache size in GiB (see --kv-cache-memory)",
+};
+
+/// Where fetched models are kept.
+pub const CACHE: EnvVar = EnvVar {
+    names: &["BITFAST_CACHE"],
+    doc: "folder for fetched models (default: $XDG_CACHE_HOME/bitfast, else ~/.cache/bitfast)",
+};
+
+/// The XDG base folder of caches.
+pub const XDG_CACHE_HOME: EnvVar =
+    EnvVar { names: &["XDG_CACHE_HOME"], doc: "base folder of the default BITFAST_CACHE" };
+
+/// The user's home folder.
+pub const HOME: EnvVar = EnvVar { names: &["HOME"], doc: "base folder of the default caches" };
+
+/// The hub's home folder; its cache is in `hub/` under it.
+pub const HF_HOME: EnvVar = EnvVar {
+    names: &["HF_HOME"],
+    doc: "home of the Hugging Face cache (default: ~/.cache/huggingface); shared with other tools",
+};
+
+/// Base address of the model hub.
+pub const HF_ENDPOINT: EnvVar =
+    EnvVar { names: &["HF_ENDPOINT"], doc: "address of the model hub, for mirrors" };
+
+/// Access token of the model hub.
+pub const HF_TOKEN: EnvVar =
+    EnvVar { names: &["HF_TOKEN"], doc: "access token for gated or private hub models" };
+
+/// `1`: never ask the hub, use what is cached.
+pub const HF_HUB_OFFLINE: EnvVar =
+    EnvVar { names: &["HF_HUB_OFFLINE"], doc: "1: never ask the hub, use what is cached" };
+
+/// All of them, for help texts and documentation.
+pub const ALL: &[EnvVar] = &[
+    BATCH_INVARIANT,
+    CPU_ISA,
+    KV_CACHE_GIB,
+    CACHE,
+    XDG_CACHE_HOME,
+    HOME,
+    HF_HOME,
+    HF_ENDPOINT,
+    HF_TOKEN,
+    HF_HUB_OFFLINE,
+];
+
+impl EnvVar {
+    /// The value in force with the name it came under; empty values count as unset.
+    pub fn get(&self) -> Option<(&'static str, String)> {
+        self.get_from(|name| std::env::var(name).ok())
+    }
+
+    /// [`get`](Self::get) on any environment.
+    pub fn get_from(&self, lookup: impl Fn(&str) -> Option<String>) -> Option<(&'static str, String)> {
+        self.names.iter().find_map(|&name| Some((name, lookup(name).filter(|v| !v.is_empty())?)))
+    }
+
+    /// The value as a switch: `1`/`true`/`yes`/`on` or `0`/`false`/`no`/`off`; an error names the variable.
+    pub fn flag(&self) -> Result<Option<bool>, crate::Error> {
+        let Some((name, value)) = self.get() else { return Ok(None) };
+        parse_flag(&value)
+            .map(Some)
+            .ok_or_else(|| crate::Error::invalid(name, format!("expected 0 or 1, got {value:?}")))
+    }
+}
+
+fn parse_flag(value: &str) -> Option<bool> {
+    match value.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Some(true),
+        "0" | "false" | "no" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_name_wins_and_empty_is_unset() {
+        let both = |n: &str| Some(if n.starts_with("BITFAST") { "0" } else { "1" }.to_string());
+        assert_eq!(BATCH_INVARIANT.get_from(both), Some(("BITFAST_BATCH_INVARIANT", "0".into())));
+        let theirs = |n: &str| Some(if n.starts_with("VLLM") { "1" } else { "" }.to_string());
+        assert_eq!(BATCH_INVARIANT.get_from(theirs), Some(("VLLM_BATCH_INVARIANT", "1".into())));
+        assert_eq!(BATCH_INVARIANT.get_from(|_| None), None);
+    }
+
+    #[test]
+    fn flags() {
+        assert_eq!(parse_flag("ON"), Some(true));
+        assert_eq!(parse_flag("0"), Some(false));
+        assert_eq!(parse_flag("2"), None);
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = ALL.iter().flat_map(|v| v.names).collect();
+        let n = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), n);
+    }
+}

@@ -1,0 +1,321 @@
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use bitfast_engine::{EngineHandle, EngineInfo, EngineRequest, Event, RequestGuard, StepRecord};
+use bitfast_model::GenerationConfig;
+use bitfast_text::{ChatMessage, ChatTemplate, RenderOptions, Tokenizer, UnixTime};
+
+use crate::args::EngineArgs;
+use crate::assemble::{Assembler, Setup, Step};
+use crate::error::{Error, Result};
+use crate::fetch::Progress;
+use crate::load;
+use crate::output::RequestOutput;
+use crate::params::{Limits, SamplingParams};
+use crate::request::{Prompt, Request, Stream};
+
+/// A model that answers: an engine on its own thread, its tokenizer and its chat template.
+///
+/// ```
+/// use bitfast_llm::{EngineArgs, LLM, LoadFormat, SamplingParams};
+///
+/// // A tiny model with made-up weights: no file, no network, no tokenizer.
+/// let args = EngineArgs { load_format: LoadFormat::Dummy, ..EngineArgs::new("tiny-llama") };
+/// let llm = LLM::new(args)?;
+/// let params = SamplingParams { max_tokens: Some(4), ignore_eos: true, ..SamplingParams::greedy() };
+/// let outputs = llm.generate([vec![1, 2, 3], vec![4, 5]], &params)?;
+/// assert_eq!(outputs[0].prompt_token_ids, [1, 2, 3]);
+/// assert_eq!(outputs[1].outputs[0].token_ids.len(), 4);
+/// // The law: a prompt's answer does not depend on what else is asked.
+/// let alone = llm.generate([vec![4, 5]], &params)?;
+/// assert_eq!(alone[0].outputs, outputs[1].outputs);
+/// # Ok::<(), bitfast_llm::Error>(())
+/// ```
+pub struct LLM {
+    engine: EngineHandle,
+    tokenizer: Option<Tokenizer>,
+    chat_template: Option<ChatTemplate>,
+    generation: GenerationConfig,
+    model: String,
+    next_id: AtomicU64,
+}
+
+impl LLM {
+    /// Loads the model, fetching it first where needed, and starts its engine.
+    pub fn new(args: EngineArgs) -> Result<Self> {
+        Self::with_progress(args, &mut |_| ())
+    }
+
+    /// [`new`](Self::new), telling how a fetch goes.
+    pub fn with_progress(args: EngineArgs, on_fetch: &mut dyn FnMut(Progress)) -> Result<Self> {
+        let parts = load::load(&args, on_fetch)?;
+        Ok(Self {
+            engine: parts.engine,
+            tokenizer: parts.tokenizer,
+            chat_template: parts.chat_template,
+            generation: parts.generation,
+            model: args.model,
+            next_id: AtomicU64::new(0),
+        })
+    }
+
+    /// Completes each prompt; outputs come in the prompts' order. The first mistake in a prompt or parameter
+    /// is returned before anything runs on its behalf; what ran already is dropped.
+    pub fn generate<P: Into<Prompt>>(
+        &self,
+        prompts: impl IntoIterator<Item = P>,
+        params: &SamplingParams,
+    ) -> Result<Vec<RequestOutput>> {
+        let mut outputs = Vec::new();
+        let mut failure = None;
+        let requests = prompts.into_iter().map(|prompt| Request::new(prompt, params.clone()));
+        self.run(requests, &mut |index, result| match result {
+            Ok(output) => {
+                outputs.push((index, output));
+                ControlFlow::Continue(())
+            }
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        });
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        outputs.sort_by_key(|(index, _)| *index);
+        Ok(outputs.into_iter().map(|(_, output)| output).collect())
+    }
+
+    /// Answers each conversation through the model's chat template.
+    pub fn chat(
+        &self,
+        conversations: impl IntoIterator<Item = Vec<ChatMessage>>,
+        params: &SamplingParams,
+    ) -> Result<Vec<RequestOutput>> {
+        self.generate(conversations, params)
+    }
+
+    /// Scores texts without generating: `prompt_logprobs` holds the log probability of each token given
+    /// those before it. The bits are those that sampling the same tokens in decode would report.
+    ///
+    /// ```
+    /// # use bitfast_llm::{EngineArgs, LLM, LoadFormat};
+    /// # let args = EngineArgs { load_format: LoadFormat::Dummy, ..EngineArgs::new("tiny-llama") };
+    /// # let llm = LLM::new(args)?;
+    /// let scores = llm.score([vec![1, 2, 3]])?;
+    /// let rows = scores[0].prompt_logprobs.as_ref().unwrap();
+    /// assert!(rows[0].is_none() && rows[2].as_ref().unwrap().chosen().1.logprob < 0.0);
+    /// # Ok::<(), bitfast_llm::Error>(())
+    /// ```
+    pub fn score<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>) -> Result<Vec<RequestOutput>> {
+        let params =
+            SamplingParams { max_tokens: Some(0), prompt_logprobs: Some(0), ..SamplingParams::greedy() };
+        self.generate(prompts, &params)
+    }
+
+    /// Starts a request and returns at once; the text comes in chunks.
+    ///
+    /// ```
+    /// # use bitfast_llm::{EngineArgs, LLM, LoadFormat, Request, SamplingParams};
+    /// # let args = EngineArgs { load_format: LoadFormat::Dummy, ..EngineArgs::new("tiny-llama") };
+    /// # let llm = LLM::new(args)?;
+    /// let params = SamplingParams { max_tokens: Some(3), ignore_eos: true, ..SamplingParams::greedy() };
+    /// let mut stream = llm.stream(Request::new(vec![1, 2, 3], params))?;
+    /// let mut tokens = Vec::new();
+    /// for chunk in &mut stream {
+    ///     tokens.extend(chunk?.token_ids);
+    /// }
+    /// assert_eq!(stream.output().outputs[0].token_ids, tokens);
+    /// # Ok::<(), bitfast_llm::Error>(())
+    /// ```
+    pub fn stream(&self, request: Request) -> Result<Stream> {
+        let (sender, events) = mpsc::channel();
+        // A send fails only after the stream was dropped, which aborts the request anyway.
+        let sink = move |event| drop(sender.send(event));
+        let (assembler, guard) = self.submit_with(request, Box::new(sink))?;
+        Ok(Stream { assembler, events, engine: self.engine.clone(), guard: Some(guard) })
+    }
+
+    /// The door for servers: events go to `sink` on the engine's thread, the caller feeds them to the
+    /// [`Assembler`]. Dropping the guard aborts the request.
+    pub fn submit_with(
+        &self,
+        request: Request,
+        sink: Box<dyn FnMut(Event) + Send>,
+    ) -> Result<(Assembler, RequestGuard)> {
+        let number = self.next_id.fetch_add(1, Ordering::Relaxed).to_string();
+        let Request { id, prompt, params } = request;
+        let info = self.engine.info();
+        let limits = Limits {
+            defaults: &self.generation,
+            tokenizer: self.tokenizer.as_ref(),
+            vocab_size: info.vocab_size,
+        };
+        let (sampling, text) = params.lower(&limits)?;
+        let (prompt_text, mut prompt_token_ids) = self.encode(prompt)?;
+        if let Some(keep) = params.truncate_prompt_tokens {
+            if keep == 0 {
+                return Err(Error::invalid("truncate_prompt_tokens", "must be at least 1"));
+            }
+            prompt_token_ids.drain(..prompt_token_ids.len().saturating_sub(keep as usize));
+        }
+        let assembler = Assembler::new(Setup {
+            request_id: id.unwrap_or_else(|| number.clone()),
+            prompt: prompt_text,
+            prompt_token_ids: prompt_token_ids.clone(),
+            sampling: &sampling,
+            text,
+            eos: &info.config.eos_token_ids,
+            tokenizer: self.tokenizer.clone(),
+            system_fingerprint: info.fingerprint.clone(),
+        });
+        let request = EngineRequest {
+            id: number,
+            prompt_token_ids,
+            sampling,
+            priority: params.priority,
+            cache_salt: params.cache_salt,
+        };
+        Ok((assembler, self.engine.submit_with(request, sink)?))
+    }
+
+    /// Runs requests, as many at a time as the engine takes, drawing from `requests` as it goes. `on_end` gets
+    /// each one's place and result, in the order in which they end; it can break off, which aborts the rest.
+    pub fn run(
+        &self,
+        requests: impl IntoIterator<Item = Request>,
+        on_end: &mut dyn FnMut(usize, Result<RequestOutput>) -> ControlFlow<()>,
+    ) {
+        let config = &self.engine.info().config;
+        // One batch running and one waiting keep the engine busy; more would only hold memory.
+        let window = config.max_num_seqs + config.max_num_seqs.min(config.max_queued);
+        let (sender, events) = mpsc::channel::<(usize, Event)>();
+        let mut live: std::collections::BTreeMap<usize, (Assembler, RequestGuard)> = Default::default();
+        let mut requests = requests.into_iter().enumerate();
+        let mut held: Option<(usize, Request)> = None;
+        loop {
+            while live.len() < window {
+                let Some((index, request)) = held.take().or_else(|| requests.next()) else { break };
+                let sender = sender.clone();
+                let sink = Box::new(move |event| drop(sender.send((index, event))));
+                match self.submit_with(request.clone(), sink) {
+                    Ok(started) => drop(live.insert(index, started)),
+                    // Others use the engine too: wait for one of ours to end.
+                    Err(Error::QueueFull { .. }) if !live.is_empty() => {
+                        held = Some((index, request));
+                        break;
+                    }
+                    Err(error) => {
+                        if on_end(index, Err(error)).is_break() {
+                            return;
+                        }
+                    }
+                }
+            }
+            if live.is_empty() {
+                return;
+            }
+            let (index, event) = events.recv().expect("this function holds a sender");
+            let Some((assembler, guard)) = live.get_mut(&index) else { continue };
+            let result = match assembler.push(event) {
+                Ok(Step::Quiet) => continue,
+                Ok(Step::Chunk(chunk)) => {
+                    if assembler.can_abort() && chunk.stopped_by_text() {
+                        guard.abort();
+                    }
+                    continue;
+                }
+                Ok(Step::Done) => Ok(()),
+                Err(error) => Err(error),
+            };
+            let (assembler, _) = live.remove(&index).expect("it is live");
+            if on_end(index, result.map(|()| assembler.into_output())).is_break() {
+                return;
+            }
+        }
+    }
+
+    /// Name of the model, as the caller gave it.
+    pub fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// The settled configuration of the engine: limits, numerics class, device, fingerprint.
+    pub fn info(&self) -> &EngineInfo {
+        self.engine.info()
+    }
+
+    /// The engine itself, for servers and tools.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// The tokenizer, if there is one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The model's recommended sampling parameters.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
+    /// Whether the model has a chat template that can be used.
+    pub fn can_chat(&self) -> bool {
+        self.template().is_ok()
+    }
+
+    /// Records of the steps after number `since`.
+    pub fn step_stats(&self, since: u64) -> Vec<StepRecord> {
+        self.engine.step_stats(since)
+    }
+
+    /// Forgets every cached prefix.
+    pub fn reset_prefix_cache(&self) {
+        self.engine.reset_prefix_cache();
+    }
+
+    fn template(&self) -> Result<&ChatTemplate> {
+        let own = || match &self.tokenizer {
+            None => Err(Error::NoTokenizer { what: "a chat" }),
+            Some(t) => t.chat_template().map_err(template_error),
+        };
+        self.chat_template.as_ref().map_or_else(own, Ok)
+    }
+
+    fn render(&self, messages: &[ChatMessage]) -> Result<String> {
+        // Some templates print the date.
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(0));
+        let options = RenderOptions::at(UnixTime(now));
+        self.template()?.render(messages, &options).map_err(|e| template_error(&e))
+    }
+
+    /// The text (when there is one) and the token ids of a prompt.
+    fn encode(&self, prompt: Prompt) -> Result<(Option<String>, Vec<u32>)> {
+        let encode = |text: String, what: &'static str, add_special: bool| {
+            let tokenizer = self.tokenizer.as_ref().ok_or(Error::NoTokenizer { what })?;
+            if text.is_empty() {
+                return Err(Error::invalid("prompt", "must not be empty"));
+            }
+            let ids = tokenizer.encode(&text, add_special);
+            let ids = ids.map_err(|e| Error::Text { what: "tokenizer", message: e.to_string() })?;
+            Ok((Some(text), ids))
+        };
+        match prompt {
+            Prompt::Text(text) => encode(text, "a text prompt", true),
+            Prompt::Tokens(ids) => Ok((None, ids)),
+            Prompt::Chat(messages) => {
+                if messages.is_empty() {
+                    return Err(Error::invalid("messages", "must not be empty"));
+                }
+                encode(self.render(&messages)?, "a chat", false)
+            }
+        }
+    }
+}
+
+fn template_error(error: &bitfast_text::TemplateError) -> Error {
+    Error::Text { what: "chat_template", message: error.to_string() }
+}

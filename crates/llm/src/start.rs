@@ -1,0 +1,196 @@
+//! Starts an engine on the device that was asked for.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
+use bitfast_engine::{Engine, EngineConfig, EngineHandle, ModelRunner, Policy, SystemClock};
+use bitfast_model::{LoadOptions, ModelConfig};
+use bitfast_ops::{Backend, KvLayout, LayerKv};
+
+use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
+use crate::error::{Error, Result};
+use crate::load::Opened;
+
+/// Most memory that the KV cache takes unasked.
+const AUTO_KV_BYTES: u64 = 4 << 30;
+/// Requests of full length that it has room for unasked.
+const AUTO_KV_SEQS: usize = 4;
+/// Prompt rows that one step can score; each costs `4 * vocab_size` bytes.
+const SCORED_ROWS: usize = 128;
+/// Steps that benchmarks and `step_stats` can look back on.
+const STEP_RECORDS: usize = 1 << 16;
+
+/// The instruction-set path to run on, checked before anything is fetched.
+pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
+    let Some(name) = &args.cpu_isa else { return Ok(Isa::detect()) };
+    let isa = Isa::parse(name).and_then(Isa::require);
+    isa.map_err(|e| Error::invalid(crate::env::CPU_ISA.names[0], e.to_string()))
+}
+
+/// Loads the weights and starts the engine's thread.
+pub(crate) fn engine(args: &EngineArgs, isa: Isa, opened: &Opened, eos: Vec<u32>) -> Result<EngineHandle> {
+    match args.device {
+        Device::Auto | Device::Cpu => {
+            let options = CpuOptions {
+                threads: args.threads.map(NonZeroUsize::get),
+                isa: Some(isa),
+                batch_invariant: args.batch_invariant,
+                ..CpuOptions::default()
+            };
+            let backend = CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))?;
+            let threads = backend.threads();
+            on_backend(backend, threads, args, opened, eos)
+        }
+    }
+}
+
+fn on_backend<B: Backend>(
+    backend: B,
+    threads: usize,
+    args: &EngineArgs,
+    opened: &Opened,
+    eos: Vec<u32>,
+) -> Result<EngineHandle> {
+    let block_size = block_size(args, backend.block_sizes())?;
+    let layout = kv_layout(&opened.config, block_size);
+    let weights = 2 * opened.config.num_parameters() as u64;
+    let free = backend.free_bytes().saturating_sub(weights);
+    let block_bytes = backend.kv_block_bytes(&layout).max(1);
+    let size = kv_size(args, opened.config.max_position_embeddings, block_size, block_bytes, free)?;
+    let max_num_batched_tokens = if args.enable_chunked_prefill {
+        args.max_num_batched_tokens
+    } else {
+        // A prompt has to fit into one step whole.
+        args.max_num_batched_tokens.max(size.max_model_len)
+    };
+    let options = LoadOptions {
+        max_num_batched_tokens,
+        max_logit_rows: args.max_num_seqs.max(SCORED_ROWS).min(max_num_batched_tokens),
+        max_model_len: size.max_model_len,
+        threads,
+    };
+    let loaded = bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut |_| ());
+    let loaded = loaded.map_err(|e| match e {
+        bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
+        bitfast_model::LoadError::Option { option, .. } => Error::invalid(option, e.to_string()),
+        e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
+    })?;
+    let runner = ModelRunner::new(backend, loaded, block_size, size.num_blocks)
+        .map_err(|e| Error::Device(e.to_string()))?;
+    let config = EngineConfig {
+        max_num_seqs: args.max_num_seqs,
+        max_num_batched_tokens,
+        max_model_len: Some(size.max_model_len),
+        max_queued: args.max_num_queued_reqs,
+        chunked_prefill: args.enable_chunked_prefill,
+        prefix_caching: args.enable_prefix_caching,
+        policy: match args.scheduling_policy {
+            SchedulingPolicy::Fcfs => Policy::Fcfs,
+            SchedulingPolicy::Priority => Policy::priority(),
+        },
+        eos_token_ids: eos,
+        max_logprobs: args.max_logprobs,
+        seed: args.seed.unwrap_or_else(|| random(0)),
+        cache_key: [random(1), random(2)],
+        step_records: STEP_RECORDS,
+    };
+    let engine = Engine::new(runner, config, Arc::new(SystemClock::new()))
+        .map_err(|e| Error::invalid("engine limits", e.to_string()))?;
+    engine.spawn().map_err(|e| Error::Engine(e.to_string()))
+}
+
+fn block_size(args: &EngineArgs, offered: &[usize]) -> Result<usize> {
+    let size = args.block_size.unwrap_or(offered[0]);
+    if !offered.contains(&size) {
+        return Err(Error::invalid("block_size", format!("{size} is none of {offered:?}")));
+    }
+    Ok(size)
+}
+
+/// What the model will cache, before it is loaded.
+fn kv_layout(config: &ModelConfig, block_size: usize) -> KvLayout {
+    let layer = LayerKv::Gqa { kv_heads: config.num_kv_heads, head_dim: config.head_dim };
+    KvLayout { layers: vec![layer; config.num_layers], block_size }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct KvSize {
+    num_blocks: usize,
+    max_model_len: usize,
+}
+
+/// Blocks of the cache, and the longest sequence that the model and the cache allow.
+fn kv_size(
+    args: &EngineArgs,
+    model_limit: usize,
+    block_size: usize,
+    block_bytes: u64,
+    free_bytes: u64,
+) -> Result<KvSize> {
+    let wanted = args.max_model_len.unwrap_or(model_limit);
+    if wanted > model_limit {
+        let message = format!("{wanted} is more than the {model_limit} tokens that the model was made for");
+        return Err(Error::invalid("max_model_len", message));
+    }
+    let blocks_in = |bytes: u64| usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX);
+    let num_blocks = match args.kv_cache_memory {
+        KvCacheMemory::Auto => {
+            (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(blocks_in(AUTO_KV_BYTES.min(free_bytes / 2)))
+        }
+        KvCacheMemory::Bytes(bytes) => blocks_in(bytes),
+        KvCacheMemory::Tokens(tokens) => tokens.div_ceil(block_size),
+    };
+    let too_small = |message: String| Err(Error::invalid("kv_cache_memory", message));
+    if num_blocks == 0 {
+        return too_small(format!("a block of {block_size} tokens needs {block_bytes} bytes"));
+    }
+    let tokens = num_blocks.saturating_mul(block_size);
+    if args.max_model_len.is_some() && tokens < wanted {
+        let bytes = block_bytes * wanted.div_ceil(block_size) as u64;
+        return too_small(format!(
+            "the cache holds {tokens} tokens; max_model_len {wanted} needs {bytes} bytes"
+        ));
+    }
+    Ok(KvSize { num_blocks, max_model_len: wanted.min(tokens) })
+}
+
+/// From the system's entropy, which seeds every `RandomState`.
+fn random(stream: u64) -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u64(stream);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(args: &EngineArgs, free: u64) -> Result<KvSize> {
+        kv_size(args, 8192, 32, 1 << 20, free)
+    }
+
+    #[test]
+    fn the_cache_fits_a_few_sequences_and_the_memory() {
+        let auto = EngineArgs::default();
+        assert_eq!(size(&auto, 1 << 40).unwrap(), KvSize { num_blocks: 1024, max_model_len: 8192 });
+        // Half of 64 MiB: the context shrinks to what there is.
+        assert_eq!(size(&auto, 64 << 20).unwrap(), KvSize { num_blocks: 32, max_model_len: 1024 });
+        let tokens = EngineArgs { kv_cache_memory: KvCacheMemory::Tokens(100), ..EngineArgs::default() };
+        assert_eq!(size(&tokens, 0).unwrap(), KvSize { num_blocks: 4, max_model_len: 128 });
+    }
+
+    #[test]
+    fn limits_that_contradict_each_other_name_the_parameter() {
+        let long = EngineArgs { max_model_len: Some(9000), ..EngineArgs::default() };
+        assert!(size(&long, 1 << 40).unwrap_err().to_string().starts_with("max_model_len: 9000"));
+        let small = EngineArgs {
+            max_model_len: Some(4096),
+            kv_cache_memory: KvCacheMemory::Bytes(1 << 20),
+            ..EngineArgs::default()
+        };
+        assert!(size(&small, 1 << 40).unwrap_err().to_string().starts_with("kv_cache_memory: "));
+        assert!(size(&EngineArgs::default(), 0).unwrap_err().to_string().starts_with("kv_cache_memory: "));
+    }
+}
