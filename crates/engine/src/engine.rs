@@ -558,6 +558,7 @@ impl<R: Runner> Engine<R> {
             commands
         };
         let now = self.shared.clock.now();
+        self.owners.clear();
         for live in std::mem::take(&mut self.requests).into_values() {
             live.end(now, Some(reason.to_owned()));
         }
