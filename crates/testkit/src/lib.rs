@@ -1,1 +1,3 @@
 //! Cross-crate tests: law, simulation, golden, bad input.
+
+pub mod sim;
