@@ -161,6 +161,9 @@ fn table(r: &mut Reader<'_>, count: u64) -> Result<Vec<Entry>, Fault> {
         let dtype = GgmlType::from_id(dtype)
             .ok_or_else(|| fault(format!("unknown element type {dtype}; known: {}", GgmlType::known())))?;
         let offset = r.u64(&what)?;
+        if dims.contains(&0) {
+            return Err(fault(format!("dimensions {dims:?} leave no element")));
+        }
         let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|&n| n <= 1 << 48);
         let elements =
             elements.ok_or_else(|| fault(format!("dimensions {dims:?} are too large for any file")))?;
@@ -215,5 +218,7 @@ fn place(
     Ok(tensors)
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use bitfast_ops::{HostTensor, bf16};
 use half::f16;
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
 use super::{TensorSpec, WeightSource, to_bf16};
 use crate::WeightError;
@@ -209,20 +209,7 @@ impl Shard {
             return Err(malformed(problem));
         };
         let header = std::str::from_utf8(header).map_err(|e| malformed(format!("header: {e}")))?;
-        let entries: Unique<serde_json::Value> =
-            serde_json::from_str(header).map_err(|e| malformed(format!("header: {e}")))?;
-        let mut tensors = BTreeMap::new();
-        for (name, value) in entries.0 {
-            if name == "__metadata__" {
-                continue;
-            }
-            let entry = Entry::deserialize(value).map_err(|e| WeightError::Tensor {
-                file: file.clone(),
-                tensor: name.clone(),
-                problem: e.to_string(),
-            })?;
-            tensors.insert(name, entry);
-        }
+        let Unique(tensors) = serde_json::from_str(header).map_err(|e| malformed(format!("header: {e}")))?;
         let data_start = 8 + header_len as usize;
         check_layout(&tensors, bytes.len() - data_start).map_err(|(tensor, problem)| match tensor {
             Some(tensor) => WeightError::Tensor { file: file.clone(), tensor, problem },
@@ -282,7 +269,7 @@ fn element_bytes(dtype: &str) -> Option<usize> {
     })
 }
 
-/// A JSON object whose keys must differ.
+/// A JSON object whose keys must differ; `__metadata__`, which is no tensor, is skipped.
 struct Unique<T>(BTreeMap<String, T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
@@ -297,9 +284,15 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unique<T>, A::Error> {
                 let mut out = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, T>()? {
+                while let Some(key) = map.next_key::<String>()? {
+                    if key == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    let fault = |e: &dyn fmt::Display| A::Error::custom(format_args!("tensor {key}: {e}"));
+                    let value = map.next_value().map_err(|e| fault(&e))?;
                     if out.contains_key(&key) {
-                        return Err(serde::de::Error::custom(format_args!("{key} appears twice")));
+                        return Err(fault(&"appears twice"));
                     }
                     out.insert(key, value);
                 }
@@ -309,3 +302,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
         deserializer.deserialize_map(V(std::marker::PhantomData))
     }
 }
+
+#[cfg(test)]
+mod tests;

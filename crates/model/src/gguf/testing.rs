@@ -1,0 +1,168 @@
+//! Building GGUF files byte by byte, for tests.
+
+use std::collections::BTreeMap;
+
+use super::Gguf;
+use crate::bytes::Bytes;
+use crate::{ModelConfig, tensor_specs};
+
+/// A GGUF file in the making.
+#[derive(Clone, Default)]
+pub struct Writer {
+    entries: Vec<u8>,
+    num_entries: u64,
+    table: Vec<u8>,
+    num_tensors: u64,
+    data: Vec<u8>,
+}
+
+impl Writer {
+    fn entry(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
+        self.entries.extend(string(key));
+        self.entries.extend(kind.to_le_bytes());
+        self.entries.extend(value);
+        self.num_entries += 1;
+        self
+    }
+
+    pub fn u32(self, key: &str, value: u32) -> Self {
+        self.entry(key, 4, &value.to_le_bytes())
+    }
+
+    pub fn f32(self, key: &str, value: f32) -> Self {
+        self.entry(key, 6, &value.to_le_bytes())
+    }
+
+    pub fn text(self, key: &str, value: &str) -> Self {
+        self.entry(key, 8, &string(value))
+    }
+
+    /// An array of `count` elements of type `kind` whose bytes are `elements`.
+    pub fn array(self, key: &str, kind: u32, count: u64, elements: &[u8]) -> Self {
+        let mut value = kind.to_le_bytes().to_vec();
+        value.extend(count.to_le_bytes());
+        value.extend(elements);
+        self.entry(key, 9, &value)
+    }
+
+    pub fn strings(self, key: &str, values: &[&str]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|s| string(s)).collect();
+        self.array(key, 8, values.len() as u64, &bytes)
+    }
+
+    /// A tensor with an entry as given; `dims` in the file's order, innermost first.
+    pub fn raw_tensor(mut self, name: &str, dims: &[u64], kind: u32, offset: u64) -> Self {
+        self.table.extend(string(name));
+        self.table.extend((dims.len() as u32).to_le_bytes());
+        dims.iter().for_each(|d| self.table.extend(d.to_le_bytes()));
+        self.table.extend(kind.to_le_bytes());
+        self.table.extend(offset.to_le_bytes());
+        self.num_tensors += 1;
+        self
+    }
+
+    /// A tensor of outermost-first `shape` with its bytes.
+    pub fn tensor(mut self, name: &str, shape: &[usize], kind: u32, bytes: &[u8]) -> Self {
+        self.data.resize(self.data.len().next_multiple_of(32), 0);
+        let offset = self.data.len() as u64;
+        self.data.extend(bytes);
+        let dims: Vec<u64> = shape.iter().rev().map(|&d| d as u64).collect();
+        self.raw_tensor(name, &dims, kind, offset)
+    }
+
+    /// The file, with the counts that were written.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.bytes_claiming(3, self.num_tensors, self.num_entries)
+    }
+
+    /// The file with another version and other counts in its header.
+    pub fn bytes_claiming(&self, version: u32, num_tensors: u64, num_entries: u64) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(version.to_le_bytes());
+        out.extend(num_tensors.to_le_bytes());
+        out.extend(num_entries.to_le_bytes());
+        out.extend(&self.entries);
+        out.extend(&self.table);
+        out.resize(out.len().next_multiple_of(32), 0);
+        out.extend(&self.data);
+        out
+    }
+
+    pub fn parse(&self) -> Result<Gguf, crate::WeightError> {
+        parse(self.bytes())
+    }
+}
+
+/// Parses bytes as the file "t.gguf".
+pub fn parse(bytes: Vec<u8>) -> Result<Gguf, crate::WeightError> {
+    Gguf::parse("t.gguf".to_owned(), Bytes::Owned(bytes))
+}
+
+fn string(s: &str) -> Vec<u8> {
+    let mut out = (s.len() as u64).to_le_bytes().to_vec();
+    out.extend(s.as_bytes());
+    out
+}
+
+/// The metadata of a small llama of one layer: hidden 64, 2 heads of 32, 1 key/value head, inner 32, vocabulary 8.
+pub fn small_llama() -> Writer {
+    Writer::default()
+        .text("general.architecture", "llama")
+        .u32("llama.embedding_length", 64)
+        .u32("llama.block_count", 1)
+        .u32("llama.attention.head_count", 2)
+        .u32("llama.attention.head_count_kv", 1)
+        .u32("llama.feed_forward_length", 32)
+        .u32("llama.context_length", 128)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .f32("llama.rope.freq_base", 10_000.0)
+        .u32("tokenizer.ggml.eos_token_id", 7)
+        .strings("tokenizer.ggml.tokens", &["a", "b", "c", "d", "e", "f", "g", "h"])
+}
+
+/// The same with its tensors: element `i` of the `n`-th tensor is `n + i / 64`, in F32.
+pub fn small_llama_with_tensors() -> Writer {
+    let mut writer = small_llama();
+    for (n, (name, shape)) in small_llama_tensors().into_iter().enumerate() {
+        let elements: usize = shape.iter().product();
+        let values = (0..elements).flat_map(|i| (n as f32 + (i / 64) as f32).to_le_bytes());
+        writer = writer.tensor(&name, &shape, 0, &values.collect::<Vec<u8>>());
+    }
+    writer
+}
+
+/// GGUF names and shapes of the small llama's tensors.
+pub fn small_llama_tensors() -> BTreeMap<String, Vec<usize>> {
+    [
+        ("token_embd", vec![8, 64]),
+        ("output_norm", vec![64]),
+        ("blk.0.attn_norm", vec![64]),
+        ("blk.0.attn_q", vec![64, 64]),
+        ("blk.0.attn_k", vec![32, 64]),
+        ("blk.0.attn_v", vec![32, 64]),
+        ("blk.0.attn_output", vec![64, 64]),
+        ("blk.0.ffn_norm", vec![64]),
+        ("blk.0.ffn_gate", vec![32, 64]),
+        ("blk.0.ffn_up", vec![32, 64]),
+        ("blk.0.ffn_down", vec![64, 32]),
+    ]
+    .into_iter()
+    .map(|(name, shape)| (format!("{name}.weight"), shape))
+    .collect()
+}
+
+/// Everything a load does with a file, as far as it is valid.
+pub fn use_fully(bytes: Vec<u8>) {
+    use crate::{GgufSource, WeightSource};
+    let Ok(gguf) = parse(bytes) else { return };
+    let gguf = std::sync::Arc::new(gguf);
+    for (_, tensor) in gguf.tensors() {
+        let mut out = crate::weights::zeroed(tensor.shape.iter().product());
+        tensor.dtype.decode(gguf.data(tensor), &mut out);
+    }
+    let Ok(config) = ModelConfig::from_gguf(&gguf) else { return };
+    let source = GgufSource::new(gguf, &config);
+    for spec in tensor_specs(&config) {
+        let _ = source.fetch(&spec);
+    }
+}
