@@ -1,3 +1,9 @@
 //! Cross-crate tests: law, simulation, golden, bad input.
 
+#![forbid(unsafe_code)]
+
+pub mod digest;
+pub mod figures;
+pub mod fixtures;
+pub mod rig;
 pub mod sim;

@@ -1,0 +1,202 @@
+//! Golden: our logits against those of Hugging Face transformers, teacher-forced.
+//!
+//! The truth is transformers in fp32 on the same bf16 weights. The yardstick is transformers' own bf16 run: our
+//! distance from the truth may be at most 1.2 times its distance. Distance is the root mean square of the
+//! differences of all stored logits, pooled over all stored rows: one number for a model, so that a row on which
+//! bf16 happens to be lucky does not decide; and the mean KL divergence, which weighs logits as a reader of
+//! probabilities does, and grows with the square of an error, so its limit is 1.2 squared. Both hold against
+//! two readings of the bf16 run: as it comes, and the stricter one whose last product is fp32.
+
+use std::collections::BTreeMap;
+
+use bitfast_llm::{EngineArgs, LLM, SamplingParams};
+use bitfast_model::{ModelConfig, RopeScaling};
+use bitfast_testkit::figures::{self, RowFigures};
+use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, Tensors, TinyGolden, Yardstick};
+use bitfast_testkit::rig::{self, RigSizes};
+use bitfast_text::SpecialTokens;
+
+const LIMIT: f64 = 1.2;
+
+/// Our figures on every stored row of a tiny model, run as `config` says.
+fn tiny_figures(name: &str, config: &ModelConfig) -> (TinyGolden, Vec<RowFigures>) {
+    let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
+    let (shape, want) = Tensors::open(&format!("golden/{name}.safetensors")).f32("logits");
+    assert_eq!(shape, [golden.rows.len(), config.vocab_size]);
+    let sizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
+    let mut rig = rig::tiny(name, config, rig::best_cpu(), sizes);
+    let ours: Vec<Vec<f32>> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
+    let vocab = config.vocab_size;
+    let rows =
+        golden.rows.iter().zip(want.chunks(vocab)).map(|(&(prompt, position), want)| {
+            figures::row(&ours[prompt][position * vocab..][..vocab], want)
+        });
+    let rows = rows.collect();
+    (golden, rows)
+}
+
+fn passes(ours: RowFigures, theirs: Yardstick) -> bool {
+    ours.rms <= LIMIT * theirs.rms && ours.kl <= LIMIT * LIMIT * theirs.kl
+}
+
+fn check_tiny(name: &str) {
+    let config = rig::tiny_config(name);
+    let (golden, rows) = tiny_figures(name, &config);
+    let ours = figures::pooled(&rows);
+    let (rough, body) = (golden.yardstick.bf16, golden.yardstick.bf16_body);
+    println!(
+        "{name}: rms {:.5} = {:.3} of transformers' bf16 ({:.3} of its body), kl {:.2e} ({:.3}), max {:.4} ({:.3})",
+        ours.rms,
+        ours.rms / rough.rms,
+        ours.rms / body.rms,
+        ours.kl,
+        ours.kl / rough.kl,
+        ours.max,
+        ours.max / rough.max,
+    );
+    assert!(passes(ours, rough), "{name}: {ours:?} against {rough:?}");
+    assert!(passes(ours, body), "{name}: {ours:?} against the fp32-head reading {body:?}");
+}
+
+#[test]
+fn llama_untied_with_rope_scaling() {
+    check_tiny(TINY_MODELS[0]);
+}
+
+#[test]
+fn llama_tied() {
+    check_tiny(TINY_MODELS[1]);
+}
+
+#[test]
+fn qwen3_tied() {
+    check_tiny(TINY_MODELS[2]);
+}
+
+#[test]
+fn qwen3_untied_sharded() {
+    check_tiny(TINY_MODELS[3]);
+}
+
+/// The measure must be able to fail: small mistakes in the config are caught.
+#[test]
+fn wrong_models_are_caught() {
+    let fails = |name: &str, config: &ModelConfig| {
+        let (golden, rows) = tiny_figures(name, config);
+        let (ours, theirs) = (figures::pooled(&rows), golden.yardstick.bf16);
+        assert!(!passes(ours, theirs), "{name}: {ours:?} passes against {theirs:?}");
+    };
+    let mut unscaled = rig::tiny_config("llama-untied");
+    assert!(matches!(unscaled.rope.scaling, RopeScaling::Llama3 { .. }));
+    unscaled.rope.scaling = RopeScaling::None;
+    fails("llama-untied", &unscaled);
+    let mut eps = rig::tiny_config("qwen3-tied");
+    eps.rms_norm_eps = 0.01;
+    fails("qwen3-tied", &eps);
+    let mut theta = rig::tiny_config("qwen3-untied");
+    theta.rope.theta *= 1.2;
+    fails("qwen3-untied", &theta);
+}
+
+/// The ids whose logits are stored for row `row` of SmolLM2's prompts besides the best ones; as the recipe's
+/// `probe_ids`.
+fn probe_ids(row: usize, vocab: usize) -> impl Iterator<Item = usize> {
+    let stride = vocab / 64;
+    (0..64).map(move |i| i * stride + row * 37 % stride)
+}
+
+#[test]
+#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+fn smollm2() {
+    let golden: SmolGolden = fixtures::json("golden/smollm2.json");
+    let tensors = Tensors::open("golden/smollm2.safetensors");
+    let (_, top_ids) = tensors.ids("top_ids");
+    let (_, top_logits) = tensors.f32("top_logits");
+    let (_, probe_logits) = tensors.f32("probe_logits");
+    let (_, logsumexp) = tensors.f32("logsumexp");
+    let sizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
+    let mut rig = rig::smollm2(rig::best_cpu(), sizes);
+    let vocab = rig.config().vocab_size;
+    let (mut diffs, mut logprob_diffs, mut argmax_differs) = (Vec::new(), Vec::new(), 0);
+    let mut row = 0;
+    for prompt in &golden.prompts {
+        for ours in rig.score(&prompt.token_ids).chunks(vocab) {
+            let top = top_ids[row * 64..][..64].iter().map(|&id| id as usize).zip(&top_logits[row * 64..]);
+            let probes = probe_ids(row, vocab).zip(&probe_logits[row * 64..]);
+            let shift = figures::logsumexp(ours) - f64::from(logsumexp[row]);
+            for (id, want) in top.chain(probes) {
+                let diff = f64::from(ours[id]) - f64::from(*want);
+                diffs.push(diff);
+                logprob_diffs.push(diff - shift);
+            }
+            argmax_differs += usize::from(figures::argmax(ours) != top_ids[row * 64] as usize);
+            row += 1;
+        }
+    }
+    assert_eq!(row, logsumexp.len());
+    let (rms, logprob_rms) = (figures::rms(diffs), figures::rms(logprob_diffs));
+    let (rough, body) = (golden.yardstick.bf16, golden.yardstick.bf16_body);
+    println!(
+        "smollm2: {row} rows, rms {rms:.5} = {:.3} of transformers' bf16 ({:.3} of its body), of logprobs \
+         {logprob_rms:.5} = {:.3} ({:.3}); another best token on {argmax_differs} rows",
+        rms / rough.stored_rms,
+        rms / body.stored_rms,
+        logprob_rms / rough.stored_logprob_rms,
+        logprob_rms / body.stored_logprob_rms,
+    );
+    for theirs in [rough, body] {
+        assert!(rms <= LIMIT * theirs.stored_rms, "logits: {rms} against {theirs:?}");
+        assert!(
+            logprob_rms <= LIMIT * theirs.stored_logprob_rms,
+            "logprobs: {logprob_rms} against {theirs:?}"
+        );
+    }
+}
+
+fn smollm2_llm() -> LLM {
+    let model = fixtures::smollm2_gguf().display().to_string();
+    let args = EngineArgs { max_model_len: Some(512), ..EngineArgs::new(model) };
+    LLM::new(args).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same ids as two tokenizers of the recipe, which share no code with each other, and back to the text.
+#[test]
+#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+fn smollm2_token_ids() {
+    let llm = smollm2_llm();
+    let tokenizer = llm.tokenizer().expect("a GGUF file has one");
+    let golden: SmolGolden = fixtures::json("golden/smollm2.json");
+    for prompt in &golden.prompts {
+        let ids = tokenizer.encode(&prompt.text, true).expect("plain text");
+        assert_eq!(ids, prompt.token_ids, "{}", prompt.name);
+        assert_eq!(tokenizer.decode(&ids, SpecialTokens::Show), prompt.text, "{}", prompt.name);
+    }
+}
+
+/// What the default model says, greedily, pinned: the same text on every machine of the class. `BITFAST_BLESS=1`
+/// pins it anew.
+#[test]
+#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+fn smollm2_greedy_text() {
+    let golden: SmolGolden = fixtures::json("golden/smollm2.json");
+    let params = SamplingParams { max_tokens: Some(48), ..SamplingParams::greedy() };
+    let prompts = golden.prompts.iter().map(|p| p.text.as_str());
+    let outputs = smollm2_llm().generate(prompts, &params).unwrap_or_else(|e| panic!("{e}"));
+    let texts: BTreeMap<String, String> = golden
+        .prompts
+        .iter()
+        .zip(&outputs)
+        .map(|(prompt, output)| (prompt.name.clone(), output.outputs[0].text.clone()))
+        .collect();
+    for (prompt, output) in golden.prompts.iter().zip(&outputs) {
+        let (ours, theirs) = (&output.outputs[0].token_ids, &prompt.greedy_fp32);
+        let same = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        println!("{}: {same} of {} tokens as transformers in fp32", prompt.name, theirs.len());
+    }
+    const FILE: &str = "golden/smollm2_greedy.json";
+    if std::env::var("BITFAST_BLESS").is_ok_and(|v| v == "1") {
+        let text = serde_json::to_string_pretty(&texts).expect("a map of strings");
+        std::fs::write(fixtures::path(FILE), text + "\n").expect("the fixtures are writable");
+    }
+    assert_eq!(texts, fixtures::json::<BTreeMap<String, String>>(FILE));
+}

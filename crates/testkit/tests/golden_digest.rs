@@ -1,0 +1,72 @@
+//! Digest: all logits of fixed prompts, hashed, equal what is stored for the class `portable`, on every
+//! instruction-set path that this machine has and with one thread or two.
+
+use std::collections::BTreeMap;
+
+use bitfast_cpu::{CpuOptions, Isa};
+use bitfast_testkit::digest::{Stored, of_logits};
+use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, TinyGolden};
+use bitfast_testkit::rig::{self, RigSizes};
+
+const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
+
+/// Paths of this machine; says which ones it lacks.
+fn paths() -> Vec<Isa> {
+    let (here, absent): (Vec<_>, Vec<_>) = Isa::ALL.into_iter().partition(|isa| isa.available());
+    println!("paths compared: {here:?}; not on this machine: {absent:?}");
+    here
+}
+
+fn cpu(isa: Isa, threads: usize) -> CpuOptions {
+    CpuOptions { isa: Some(isa), threads: Some(threads), pin: false, ..CpuOptions::default() }
+}
+
+fn tiny_digests(isa: Isa, threads: usize) -> BTreeMap<String, String> {
+    let digest = |name: &str| {
+        let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
+        let mut rig = rig::tiny(name, &rig::tiny_config(name), cpu(isa, threads), SIZES);
+        let logits: Vec<_> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
+        assert!(logits.iter().flatten().all(|x| x.is_finite()));
+        of_logits(logits.iter().map(Vec::as_slice))
+    };
+    TINY_MODELS.iter().map(|name| (name.to_string(), digest(name))).collect()
+}
+
+#[test]
+fn tiny_models() {
+    for isa in paths() {
+        for threads in [1, 2] {
+            Stored::of("portable").check(&format!("{isa}, {threads} threads"), &tiny_digests(isa, threads));
+        }
+    }
+}
+
+/// A digest that does not notice one bit of one logit would be worth nothing.
+#[test]
+fn one_bit_is_noticed() {
+    let row = [1.0f32, -2.0, 0.0];
+    let whole = of_logits([&row[..]]);
+    assert_eq!(whole, of_logits([&row[..1], &row[1..]]));
+    for i in 0..row.len() {
+        let mut other = row;
+        other[i] = f32::from_bits(other[i].to_bits() ^ 1);
+        assert_ne!(whole, of_logits([&other[..]]), "bit of logit {i}");
+    }
+    assert_ne!(whole, of_logits([&[1.0, -2.0, -0.0][..]]), "the sign of a zero");
+}
+
+/// Every prompt on the fast paths; scalar code takes the short ones.
+#[test]
+#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+fn smollm2() {
+    let golden: SmolGolden = fixtures::json("golden/smollm2.json");
+    for isa in paths() {
+        let mut rig = rig::smollm2(cpu(isa, 2), SIZES);
+        let prompts = golden.prompts.iter().filter(|p| isa != Isa::Scalar || p.token_ids.len() <= 20);
+        let digests = prompts.map(|p| {
+            let logits = rig.score(&p.token_ids);
+            (format!("smollm2/{}", p.name), of_logits([&logits[..]]))
+        });
+        Stored::of("portable").check(isa.name(), &digests.collect());
+    }
+}
