@@ -7,9 +7,9 @@ pub enum Policy {
     Fcfs,
     /// Lower priority values first; within one value, first come, first served.
     ///
-    /// A request of priority `p` is ranked as if it had come `p * ageing_steps` steps later. So a request
-    /// overtakes another of `d` better levels at most when it came less than `d * ageing_steps` steps
-    /// earlier... and nobody starves: only finitely many requests can ever be ranked before a given one.
+    /// A request of priority `p` is ranked as if it had come `p * ageing_steps` steps later: a newcomer that
+    /// is `d` levels better overtakes whoever has waited less than `d * ageing_steps` steps. So only finitely
+    /// many requests can ever be ranked before a given one, and nobody starves.
     Priority {
         /// Steps of waiting that outweigh one level of priority; at least 1.
         ageing_steps: u32,
@@ -59,7 +59,8 @@ pub struct SchedulerConfig {
     pub limits: Limits,
     /// Order of service.
     pub policy: Policy,
-    /// Prompts may be computed in pieces; otherwise a prompt waits until it fits into one step whole.
+    /// Prompts may be computed in pieces; otherwise a prompt waits until it fits into one step whole (but for
+    /// scored prompts, which the limit on logit rows may always cut).
     pub chunked_prefill: bool,
     /// Full blocks are kept and found again by later requests with the same prefix and salt.
     pub prefix_caching: bool,
