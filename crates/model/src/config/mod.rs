@@ -238,3 +238,6 @@ impl ModelConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

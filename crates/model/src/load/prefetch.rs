@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use bitfast_ops::{HostTensor, bf16};
 
@@ -77,7 +77,7 @@ impl<'s> Prefetch<'s> {
         let mut state = self.lock();
         while !state.stopped && state.begun < self.jobs.len() {
             if state.begun >= state.taken + READ_AHEAD {
-                state = self.changed.wait(state).expect("a loading thread panicked");
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             let i = state.begun;
@@ -104,13 +104,13 @@ impl<'s> Prefetch<'s> {
                 return tensor;
             }
             assert!(!state.panicked, "a loading thread panicked");
-            state = self.changed.wait(state).expect("a loading thread panicked");
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// One hash over the sorted (name, shape, hash of the bytes) of all tensors that were read.
     pub fn into_digest(self) -> blake3::Hash {
-        let state = self.state.into_inner().expect("a loading thread panicked");
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut all = blake3::Hasher::new();
         for (name, (shape, hash)) in state.digests {
             all.update(format!("{name} {shape:?} {hash}\n").as_bytes());
@@ -149,7 +149,8 @@ impl<'s> Prefetch<'s> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<'s>> {
-        self.state.lock().expect("a loading thread panicked")
+        // A panic while the lock is held leaves the state whole, and the guards must get at it while unwinding.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -87,3 +87,57 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{tensor_specs, weights_digest};
+
+    #[test]
+    fn the_weights_are_the_same_everywhere() {
+        // Also computed by a script in another language from the description above.
+        for (config, expected) in [
+            (ModelConfig::tiny_llama(), "e82f2c9ad799335b4f39bd39dc2e69f9f7846fb61a21e46f6c05f9dd8291cfb5"),
+            (ModelConfig::tiny_qwen3(), "c2d110efdc23b5e2da0fded2332525d685f549820f2a82e4d5357a588ec84c0d"),
+        ] {
+            let source = DummySource::new(&config);
+            let digest = weights_digest(&source, tensor_specs(&config), 2).unwrap();
+            assert_eq!(digest.to_hex().as_str(), expected, "{}", config.architecture.hf_name());
+        }
+    }
+
+    #[test]
+    fn matrices_are_centred_and_scaled_and_norms_are_near_one() {
+        let config = ModelConfig::tiny_llama();
+        let source = DummySource::new(&config);
+        for spec in tensor_specs(&config) {
+            let values: Vec<f64> =
+                source.fetch(&spec).unwrap().data.iter().map(|x| f64::from(x.to_f32())).collect();
+            let n = values.len() as f64;
+            let mean = values.iter().sum::<f64>() / n;
+            let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt();
+            let (expected_mean, expected_std) = match spec.shape[..] {
+                [_, k] => (0.0, 1.0 / (k as f64).sqrt()),
+                _ => (1.0, 0.05),
+            };
+            assert!(
+                (mean - expected_mean).abs() < 4.0 * expected_std / n.sqrt(),
+                "{} mean {mean}",
+                spec.name
+            );
+            assert!((std / expected_std - 1.0).abs() < 4.0 / n.sqrt(), "{} std {std}", spec.name);
+        }
+    }
+
+    #[test]
+    fn tensors_differ_by_name_and_foreign_ones_are_refused() {
+        let config = ModelConfig::tiny_llama();
+        let source = DummySource::new(&config);
+        let fetch = |name: &str| source.fetch(&TensorSpec::new(name, [160, 96])).unwrap().data.into_owned();
+        assert_ne!(fetch("model.layers.0.mlp.up_proj.weight"), fetch("model.layers.1.mlp.up_proj.weight"));
+        let e = source.fetch(&TensorSpec::new("model.layers.0.mlp.up_proj.weight", [96, 160])).unwrap_err();
+        assert!(e.to_string().contains("has shape [160, 96]"), "{e}");
+        let e = source.fetch(&TensorSpec::new("model.layers.2.mlp.up_proj.weight", [160, 96])).unwrap_err();
+        assert!(e.to_string().contains("is missing"), "{e}");
+    }
+}
