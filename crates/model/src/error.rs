@@ -5,14 +5,6 @@ use bitfast_ops::BackendError;
 /// Why a model's description was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The system's words.
-        source: std::io::Error,
-    },
     /// A file is not the JSON object it should be.
     #[error("{origin} is not a valid JSON object: {message}")]
     Json {
@@ -140,14 +132,6 @@ pub enum LoadError {
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// The path is no model.
-    #[error("{}: {problem}", path.display())]
-    NotAModel {
-        /// The path.
-        path: PathBuf,
-        /// What was expected there.
-        problem: String,
-    },
     /// A load option contradicts the model.
     #[error("{option} = {value}: {problem}")]
     Option {

@@ -79,6 +79,15 @@ impl<B: Backend> Buffers<B> {
     }
 }
 
+/// Whether q and k heads are normalised.
+#[derive(Clone, Copy)]
+pub(super) enum HeadNorms {
+    /// They are not.
+    None,
+    /// Each head by itself, with one weight vector for q and one for k.
+    BeforeRotation,
+}
+
 /// Grouped-query attention with rotated positions: `normed -> delta`.
 pub(super) struct Attention<W, P> {
     layer: usize,
@@ -96,6 +105,7 @@ impl<W, P> Attention<W, P> {
         c: &ModelConfig,
         layer: usize,
         prefix: &str,
+        head_norms: HeadNorms,
     ) -> Result<Self, LoadError> {
         let (q_dim, kv_dim, d) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size);
         let desc = LinearDesc {
@@ -111,9 +121,9 @@ impl<W, P> Attention<W, P> {
             layer,
             qkv: b.linear(desc, parts)?,
             o: linear(b, &format!("{prefix}.o_proj"), LinearKind::Row, d, q_dim)?,
-            qk_norms: match c.architecture.has_qk_norm() {
-                false => None,
-                true => Some((
+            qk_norms: match head_norms {
+                HeadNorms::None => None,
+                HeadNorms::BeforeRotation => Some((
                     norm(b, &format!("{prefix}.q_norm"), c.head_dim)?,
                     norm(b, &format!("{prefix}.k_norm"), c.head_dim)?,
                 )),

@@ -3,7 +3,7 @@
 use bitfast_ops::{Backend, BackendError, KvLayout};
 
 use super::Model;
-use super::layers::{Attention, Buffers, Ends, GatedMlp, gqa_layout, norm, norm_desc};
+use super::layers::{Attention, Buffers, Ends, GatedMlp, HeadNorms, gqa_layout, norm, norm_desc};
 use crate::load::Build;
 use crate::{LoadError, LoadOptions, ModelConfig};
 
@@ -37,7 +37,7 @@ impl<W, P> Weights<W, P> {
             let prefix = format!("model.layers.{i}");
             Ok(Layer {
                 input_norm: norm(b, &format!("{prefix}.input_layernorm"), c.hidden_size)?,
-                attention: Attention::build(b, c, i, &format!("{prefix}.self_attn"))?,
+                attention: Attention::build(b, c, i, &format!("{prefix}.self_attn"), HeadNorms::None)?,
                 post_attention_norm: norm(b, &format!("{prefix}.post_attention_layernorm"), c.hidden_size)?,
                 mlp: GatedMlp::build(b, c, &format!("{prefix}.mlp"))?,
             })

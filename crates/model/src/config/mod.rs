@@ -38,11 +38,6 @@ impl Architecture {
             Architecture::Qwen3 => "qwen3",
         }
     }
-
-    /// Whether q and k heads are normalised before the rotation.
-    pub fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3)
-    }
 }
 
 /// How positions turn q and k.

@@ -3,12 +3,14 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use bitfast_ops::{HostTensor, bf16};
 
-use super::Job;
+use super::{Job, bytes};
 use crate::weights::zeroed;
 use crate::{TensorSpec, WeightError, WeightSource};
 
-/// Jobs that may be read but not yet taken: bounds the memory of loading to a few tensors.
-const READ_AHEAD: usize = 4;
+/// Jobs that are begun ahead of the taking thread whatever their size, so that it need not wait for large ones.
+const AHEAD_JOBS: usize = 2;
+/// Bytes up to which more jobs are begun ahead. The two bound the memory that loading takes beside the weights.
+const AHEAD_BYTES: u64 = 64 << 20;
 
 /// Reads, joins and digests the tensors of a list on any number of threads, and hands them out in order.
 pub(super) struct Prefetch<'s> {
@@ -76,7 +78,10 @@ impl<'s> Prefetch<'s> {
         let _tell = TellPanic(self);
         let mut state = self.lock();
         while !state.stopped && state.begun < self.jobs.len() {
-            if state.begun >= state.taken + READ_AHEAD {
+            let ahead = &self.jobs[state.taken..=state.begun];
+            if ahead.len() > AHEAD_JOBS
+                && ahead.iter().map(|job| bytes(&job.parts)).sum::<u64>() > AHEAD_BYTES
+            {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
