@@ -40,6 +40,7 @@ pub(crate) fn attention(
     let shape = kv.shape(desc.layer);
     assert_eq!((shape.kv_heads, shape.head_dim), (desc.kv_heads, desc.head_dim), "layer {}", desc.layer);
     assert!(desc.heads.is_multiple_of(desc.kv_heads), "{} heads over {}", desc.heads, desc.kv_heads);
+    assert!(desc.scale_log2 > 0.0, "softmax scale {} of layer {}", desc.scale_log2, desc.layer);
     let group = desc.heads / desc.kv_heads;
     let items = items(batch, desc.kv_heads, (ITEM_ROWS / group).max(1));
     let most_rows = items.iter().map(|i| i.rows.len() * group).max().unwrap_or(0);
@@ -303,23 +304,28 @@ per_isa! {
     ) {
         for (i, (row, o)) in state.iter_mut().zip(o.chunks_exact_mut(o_len)).enumerate() {
             // SAFETY: row `i` of S and of P, both this thread's scratch.
-            let (s, p) = unsafe { (&mut *s.add(i * S_STRIDE).cast::<[f32; ATTN_TILE_KEYS]>(), p.add(i * p_stride)) };
+            let (s, p) = unsafe { (&*s.add(i * S_STRIDE).cast::<[f32; ATTN_TILE_KEYS]>(), p.add(i * p_stride)) };
             let valid = (row.position + 1).saturating_sub(tile).min(ATTN_TILE_KEYS);
             let mut probabilities = [0f32; ATTN_TILE_KEYS];
-            if valid > 0 {
-                let scaled = softmax_row(row, s, valid, scale, &mut probabilities);
-                if scaled != 1.0 {
-                    for o in o.iter_mut() {
-                        *o *= scaled;
-                    }
+            let scaled = match valid {
+                0 => 1.0,
+                ATTN_TILE_KEYS => softmax_row::<false>(row, s, valid, scale, &mut probabilities),
+                _ => softmax_row::<true>(row, s, valid, scale, &mut probabilities),
+            };
+            if scaled != 1.0 {
+                for o in o.iter_mut() {
+                    *o *= scaled;
                 }
             }
             let mut narrow = [bf16::ZERO; ATTN_TILE_KEYS];
             exact::narrow(&probabilities, &mut narrow);
-            // SAFETY: `p_stride` bytes hold 64 numbers of either form.
             match form {
+                // SAFETY: `p_stride` bytes hold 64 numbers of either form.
                 AForm::Bf16 => unsafe { *p.cast::<[bf16; ATTN_TILE_KEYS]>() = narrow },
-                AForm::F32 => exact::widen(&narrow, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() }),
+                AForm::F32 => {
+                    // SAFETY: as above.
+                    exact::widen(&narrow, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() });
+                }
             }
         }
     }
@@ -356,46 +362,56 @@ per_isa! {
     }
 }
 
-/// One row of a tile: probabilities of the first `valid` keys; the factor that O is to be scaled by.
+/// One row of a tile, of which the first `valid` keys count: its probabilities, and the factor that O is to be
+/// scaled by. `MASKED` false says that all of them do.
 #[inline(always)]
-fn softmax_row(
+fn softmax_row<const MASKED: bool>(
     row: &mut RowState,
-    s: &mut [f32; ATTN_TILE_KEYS],
+    s: &[f32; ATTN_TILE_KEYS],
     valid: usize,
     scale: f32,
     p: &mut [f32; ATTN_TILE_KEYS],
 ) -> f32 {
-    if valid < ATTN_TILE_KEYS {
-        s[valid..].fill(f32::NEG_INFINITY);
+    // All ones for a key that counts: a select without a branch, so that the loops stay vectors.
+    let mask =
+        |key: usize| if MASKED { (((key as u32) < valid as u32) as u32).wrapping_neg() } else { u32::MAX };
+    let mut counted = [0f32; ATTN_TILE_KEYS];
+    for key in 0..ATTN_TILE_KEYS {
+        let hidden = f32::NEG_INFINITY.to_bits() & !mask(key);
+        counted[key] = f32::from_bits(s[key].to_bits() & mask(key) | hidden);
     }
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for part in s.chunks_exact(16) {
-        for (l, s) in lanes.iter_mut().zip(part) {
-            let scaled = s * scale;
-            *l = if scaled > *l { scaled } else { *l };
-        }
+    let mut lanes = [0f32; 16];
+    for i in 0..16 {
+        lanes[i] = larger(larger(counted[i], counted[i + 16]), larger(counted[i + 32], counted[i + 48]));
     }
-    let top = lanes.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
-    let max = row.max.max(top.ceil());
+    // The scale is positive, so the largest score is the largest scaled score.
+    let max = larger(row.max, (max16(lanes) * scale).ceil());
     let scaled = exact::pow2i(row.max - max);
-    for (p, s) in p.iter_mut().zip(&*s) {
-        let t = s.mul_add(scale, -max);
-        *p = exact::exp2_poly3(if t > -125.0 { t } else { -125.0 });
+    for key in 0..ATTN_TILE_KEYS {
+        let e = exact::exp2_poly3(larger(s[key].mul_add(scale, -max), -125.0));
+        p[key] = f32::from_bits(e.to_bits() & mask(key));
     }
-    if valid < ATTN_TILE_KEYS {
-        p[valid..].fill(0.0);
-    }
-    for l in &mut row.sums {
-        *l *= scaled;
-    }
-    for eight in p.chunks_exact(8) {
-        for (l, pair) in row.sums.iter_mut().zip(eight.chunks_exact(2)) {
-            *l += pair[0];
+    let mut sums = row.sums.map(|l| l * scaled);
+    for eight in p.as_chunks::<8>().0 {
+        for i in 0..4 {
+            sums[i] += eight[2 * i];
         }
-        for (l, pair) in row.sums.iter_mut().zip(eight.chunks_exact(2)) {
-            *l += pair[1];
+        for i in 0..4 {
+            sums[i] += eight[2 * i + 1];
         }
     }
-    row.max = max;
+    (row.max, row.sums) = (max, sums);
     scaled
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+#[inline(always)]
+fn max16(x: [f32; 16]) -> f32 {
+    let x: [f32; 8] = std::array::from_fn(|i| larger(x[i], x[i + 8]));
+    let x: [f32; 4] = std::array::from_fn(|i| larger(x[i], x[i + 4]));
+    larger(larger(x[0], x[2]), larger(x[1], x[3]))
 }

@@ -167,7 +167,7 @@ impl Job<'_> {
 /// fp32 copies of the first rows of `x`, zero-padded to `k` elements, in the shared buffer.
 fn widen_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Result<(*const u8, usize)> {
     // An odd number of cache lines from row to row.
-    let stride = (k / TILE_N | 1) * TILE_N;
+    let stride = ((k / TILE_N) | 1) * TILE_N;
     workers.widened.reserve(rows * stride * 4)?;
     let (isa, start) = (workers.isa, workers.widened.ptr() as usize);
     workers.run_ranges(rows, k, |mine| {
@@ -216,34 +216,37 @@ per_isa! {
 
     /// Rounds a block of sums into rows `first_row..` of the output.
     fn finish(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
+        let (col, len) = match out {
+            Output::SiluMul(out) => columns(tiles.start / 2, tiles.len() / 2, out.cols()),
+            Output::Bf16(out) | Output::F32(out) => columns(tiles.start, tiles.len(), out.cols()),
+        };
         for (i, sums) in c.chunks_exact(PANEL_N).enumerate() {
             let row = first_row + i;
-            // SAFETY (all three): these columns of the row belong to `tiles`, which this thread alone has.
             match out {
                 Output::Bf16(out) => {
-                    let col = tiles.start * TILE_N;
-                    let len = (tiles.len() * TILE_N).min(out.cols() - col);
+                    // SAFETY: these columns of the row belong to `tiles`, which this thread alone has.
                     exact::narrow(&sums[..len], unsafe { out.bf16_part(row, col, len) });
                 }
                 Output::F32(out) => {
-                    let col = tiles.start * TILE_N;
-                    let len = (tiles.len() * TILE_N).min(out.cols() - col);
+                    // SAFETY: as above.
                     unsafe { out.f32_part(row, col, len) }.copy_from_slice(&sums[..len]);
                 }
                 Output::SiluMul(out) => {
-                    for (pair, sums) in sums[..tiles.len() * TILE_N].chunks_exact(2 * TILE_N).enumerate() {
-                        let col = (tiles.start / 2 + pair) * TILE_N;
-                        let len = TILE_N.min(out.cols() - col);
-                        let mut both = [bf16::ZERO; 2 * TILE_N];
-                        exact::narrow(sums, &mut both);
-                        let (g, u) = both.split_at(TILE_N);
-                        exact::silu_mul(&g[..len], &u[..len], unsafe { out.bf16_part(row, col, len) });
-                    }
+                    let mut both = [bf16::ZERO; PANEL_N];
+                    exact::narrow(sums, &mut both);
+                    let (g, u) = both.split_at(TILE_N);
+                    // SAFETY: as above.
+                    exact::silu_mul(&g[..len], &u[..len], unsafe { out.bf16_part(row, col, len) });
                 }
             }
         }
     }
 }
 
-/// Bytes of one tile, so that the layout of panels is stated once.
-const _: () = assert!(B_TILE == TILE_N * CHUNK * 2);
+/// First column and number of columns of `tiles` tiles from `first` on in a row of `cols`.
+fn columns(first: usize, tiles: usize, cols: usize) -> (usize, usize) {
+    (first * TILE_N, (tiles * TILE_N).min(cols - first * TILE_N))
+}
+
+// A panel of a gate_up weight is one gate tile and its up tile, which `finish` relies on.
+const _: () = assert!(PANEL == 2 && B_TILE == TILE_N * CHUNK * 2);

@@ -132,9 +132,8 @@ mod tests {
             let memory = Memory::zeroed(bytes, || "test".to_owned()).unwrap();
             assert_eq!(memory.ptr() as usize % LINE, 0);
             // SAFETY: the memory has this many initialised bytes.
-            assert!(
-                unsafe { std::slice::from_raw_parts(memory.ptr(), memory.len()) }.iter().all(|b| *b == 0)
-            );
+            let all = unsafe { std::slice::from_raw_parts(memory.ptr(), memory.len()) };
+            assert!(all.iter().all(|b| *b == 0));
         }
     }
 

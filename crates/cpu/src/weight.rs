@@ -4,7 +4,7 @@
 //! side by side; a tile is `[16 pairs of k][16 outputs][2]` bf16 = 1 KiB. What a thread reads in an op is thus
 //! one stream through memory.
 
-use bitfast_ops::contract::{Class, KOrder, column_parallel_order, row_parallel_order};
+use bitfast_ops::contract::{Class, KOrder};
 use bitfast_ops::{BackendError, HostTensor, LinearDesc, LinearKind, Result, bf16};
 
 use crate::memory::Memory;
@@ -32,10 +32,7 @@ impl Weight {
             return Err(BackendError::Unsupported { backend: "cpu", op: "mixture of experts" });
         }
         assert_eq!(data.dims2(), (desc.n, desc.k), "weight {}: [n, k]", desc.name);
-        let order = match desc.kind {
-            LinearKind::Row => row_parallel_order(desc.k),
-            _ => column_parallel_order(Class::Portable, desc.n, desc.k),
-        };
+        let order = desc.k_order(Class::Portable);
         let tiles = match desc.kind {
             LinearKind::GateUp => {
                 assert!(desc.n.is_multiple_of(2), "gate_up {} with {} outputs", desc.name, desc.n);
@@ -123,11 +120,12 @@ impl Weight {
                 for lane in 0..TILE_N {
                     let Some(row) = self.source_row(tile, lane) else { continue };
                     let source = &data[row * k + first..row * k + last];
-                    for (pair, both) in source.chunks_exact(2).enumerate() {
-                        out[pair][lane] = [both[0], both[1]];
+                    let (pairs, single) = source.as_chunks::<2>();
+                    for (out, pair) in out.iter_mut().zip(pairs) {
+                        out[lane] = *pair;
                     }
-                    if let [single] = source.chunks_exact(2).remainder() {
-                        out[source.len() / 2][lane][0] = *single;
+                    if let [single] = single {
+                        out[pairs.len()][lane][0] = *single;
                     }
                 }
             }

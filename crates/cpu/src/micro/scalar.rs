@@ -24,7 +24,7 @@ fn fma_ftz(a: f32, b: f32, c: f32) -> f32 {
     let virtual_c = sum - product;
     let error = (product - (sum - virtual_c)) + (c - virtual_c);
     // Round to odd, so that the second rounding cannot meet a false tie. (A NaN error comes from infinities.)
-    let odd = if (error < 0.0 || error > 0.0) && sum.to_bits() & 1 == 0 {
+    let odd = if error.abs() > 0.0 && sum.to_bits() & 1 == 0 {
         let away = (error > 0.0) == (sum > 0.0);
         f64::from_bits(if away { sum.to_bits() + 1 } else { sum.to_bits() - 1 })
     } else {
