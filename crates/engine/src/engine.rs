@@ -1,20 +1,16 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
-use bitfast_ops::{RowSample, SampleRow};
-use bitfast_scheduler::{
-    Batch, ConfigError, Limits, Outcome, Part, Scheduler, SchedulerConfig, SeqId, Turn, Work,
-};
+use bitfast_scheduler::{ConfigError, Limits, Scheduler, SchedulerConfig, SeqId};
 
 use crate::clock::Clock;
 use crate::config::{EngineConfig, EngineInfo};
 use crate::handle::EngineHandle;
-use crate::live::{Live, Place, token_logprobs};
-use crate::prepare::{Prepared, RowUse};
-use crate::request::{FinishReason, splitmix64};
-use crate::runner::{ObservedRow, Readback, RowObserver, Runner, StepInputs, StepOutputs};
+use crate::live::{Live, Place};
+use crate::prepare::Prepared;
+use crate::request::{Event, FinishReason, splitmix64};
+use crate::runner::{RowObserver, Runner};
 use crate::shared::{Command, Life, RequestKey, Shared, Submission};
 use crate::stats::{EngineStats, StepRecord};
 
@@ -56,17 +52,17 @@ pub enum Step {
 /// All that happens is a function of the submissions, in their order, the runner and the clock; the clock
 /// enters metrics and records only.
 pub struct Engine<R: Runner> {
-    shared: Arc<Shared>,
-    runner: R,
-    scheduler: Scheduler,
-    requests: BTreeMap<RequestKey, Live>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) runner: R,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) requests: BTreeMap<RequestKey, Live>,
     /// Owner and sample index of each sequence in the scheduler.
-    owners: BTreeMap<SeqId, (RequestKey, u32)>,
-    observer: Option<Box<dyn RowObserver>>,
-    prepared: Prepared,
+    pub(crate) owners: BTreeMap<SeqId, (RequestKey, u32)>,
+    pub(crate) observer: Option<Box<dyn RowObserver>>,
+    pub(crate) prepared: Prepared,
     /// Blocks whose content became garbage, when they are to be poisoned.
-    discarded: Vec<u32>,
-    stats: EngineStats,
+    pub(crate) discarded: Vec<u32>,
+    pub(crate) stats: EngineStats,
     seeds_drawn: u64,
     /// The inbox's change count when it was last drained.
     epoch: u64,
@@ -251,7 +247,7 @@ impl<R: Runner> Engine<R> {
         };
         for command in commands {
             match command {
-                Command::Submit(submission) => self.take_up(submission),
+                Command::Submit(submission) => self.take_up(*submission),
                 Command::Abort(key) => self.abort(key),
                 Command::ResetPrefixCache => self.scheduler.reset_prefix_cache(),
             }
@@ -276,7 +272,7 @@ impl<R: Runner> Engine<R> {
 
     /// Puts a sample in line. The handle has validated the request, so an error here is a bug or a race of
     /// limits; it fails the request and nothing else.
-    fn add_sample(&mut self, key: RequestKey, index: u32) -> Result<(), String> {
+    pub(crate) fn add_sample(&mut self, key: RequestKey, index: u32) -> Result<(), String> {
         let live = self.requests.get_mut(&key).expect("the request lives");
         let seq = self.scheduler.add(live.sequence(index)).map_err(|error| error.to_string())?;
         live.move_to(index, Place::Waiting(seq));
@@ -296,7 +292,7 @@ impl<R: Runner> Engine<R> {
                 self.owners.remove(&seq);
             }
             live.finish(index, FinishReason::Abort, None);
-            self.stats.finished_abort += 1;
+            self.stats.count_end(FinishReason::Abort);
         }
         self.end(key, None);
     }
@@ -308,7 +304,7 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Ends one request with an error; the others go on.
-    fn fail(&mut self, key: RequestKey, message: String) {
+    pub(crate) fn fail(&mut self, key: RequestKey, message: String) {
         let live = self.requests.get_mut(&key).expect("the request lives");
         for index in 0..live.samples.len() as u32 {
             match live.samples[index as usize].place {
@@ -326,7 +322,7 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Takes a request with no samples left out of service. Its id is free again before the last event.
-    fn end(&mut self, key: RequestKey, failure: Option<String>) {
+    pub(crate) fn end(&mut self, key: RequestKey, failure: Option<String>) {
         let live = self.requests.remove(&key).expect("the request lives");
         {
             let mut inbox = self.shared.inbox();
@@ -336,206 +332,7 @@ impl<R: Runner> Engine<R> {
         live.end(self.shared.clock.now(), failure);
     }
 
-    /// Starts, resumes and preemptions of this step.
-    fn note_scheduled(&mut self, batch: &Batch, now: Duration) {
-        let mut started = 0;
-        for admission in &batch.admitted {
-            let (key, index) = self.owners[&admission.seq];
-            let live = self.requests.get_mut(&key).expect("owners live");
-            live.move_to(index, Place::Running(admission.seq));
-            if admission.turn == Turn::First && index == 0 {
-                started += 1;
-                self.stats.prompt_tokens += live.prompt_len() as u64;
-                live.start(now, admission.cached_tokens);
-            }
-        }
-        for seq in &batch.preempted {
-            let (key, index) = self.owners[seq];
-            let live = self.requests.get_mut(&key).expect("owners live");
-            live.move_to(index, Place::Waiting(*seq));
-            live.metrics.preemptions += 1;
-        }
-        if started > 0 {
-            self.shared.inbox().queued -= started;
-        }
-    }
-
-    fn execute(&mut self, batch: &Batch) -> Result<StepOutputs, crate::runner::RunnerError> {
-        let Self { prepared, scheduler, requests, owners, runner, .. } = self;
-        prepared.fill(batch, scheduler, |part| {
-            let (key, index) = owners[&part.seq];
-            (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
-        });
-        for (part, usage) in &prepared.uses {
-            if let RowUse::Choose { .. } = usage {
-                let seq = batch.parts[*part].seq;
-                let (key, index) = owners[&seq];
-                let output = scheduler.get(seq).expect("scheduled sequences live").output();
-                requests.get_mut(&key).expect("owners live").update_forbidden(index, output);
-            }
-        }
-        self.discarded.clear();
-        // Poisoned before the new content is written: a block may have found its next owner in this very step.
-        scheduler.drain_discarded(&mut self.discarded);
-        let uses = prepared.uses.iter().enumerate();
-        let rows: Vec<SampleRow<'_>> = uses
-            .map(|(logit_row, (part, usage))| {
-                let seq = batch.parts[*part].seq;
-                let (key, index) = owners[&seq];
-                let sequence = scheduler.get(seq).expect("scheduled sequences live");
-                sample_row(logit_row as u32, *usage, &requests[&key], index, sequence)
-            })
-            .collect();
-        let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
-        let step = StepInputs { batch: &prepared.inputs, rows: &rows, poison: &self.discarded, readback };
-        let outputs = runner.execute(&step)?;
-        assert_eq!(outputs.samples.len(), rows.len(), "the runner answered other rows");
-        Ok(outputs)
-    }
-
-    fn observe(&mut self, batch: &Batch, outputs: &StepOutputs) {
-        let (Some(observer), Some(logits)) = (&mut self.observer, &outputs.logits) else { return };
-        let vocab = self.shared.info.vocab_size;
-        assert_eq!(logits.len(), self.prepared.uses.len() * vocab, "logits of another batch");
-        for ((part, usage), logits) in self.prepared.uses.iter().zip(logits.chunks_exact(vocab)) {
-            let (key, sample) = self.owners[&batch.parts[*part].seq];
-            let (RowUse::Score { position } | RowUse::Choose { position }) = *usage;
-            observer.row(ObservedRow { request: &self.requests[&key].id, sample, position, logits });
-        }
-    }
-
-    fn take_results(&mut self, batch: &Batch, samples: Vec<RowSample>, now: Duration) {
-        let mut failures: BTreeMap<RequestKey, String> = BTreeMap::new();
-        let mut rows = self.prepared.uses.iter().zip(samples).peekable();
-        let mut outcomes = Vec::with_capacity(batch.parts.len());
-        let mut prompts_done = Vec::new();
-        for (i, part) in batch.parts.iter().enumerate() {
-            let (key, index) = self.owners[&part.seq];
-            let live = self.requests.get_mut(&key).expect("owners live");
-            let sequence = self.scheduler.get(part.seq).expect("scheduled sequences live");
-            let mut outcome = Outcome::Computed;
-            let first_end = part.work == Work::PrefillEnd && sequence.output().is_empty();
-            let mut reported = false;
-            while let Some(((_, usage), row)) = rows.next_if(|((owner, _), _)| *owner == i) {
-                if failures.contains_key(&key) {
-                    continue;
-                }
-                let token = match row.token {
-                    Ok(token) => token,
-                    Err(fault) => {
-                        failures.insert(key, fault.to_string());
-                        continue;
-                    }
-                };
-                match usage {
-                    RowUse::Score { .. } => {
-                        let row = row.logprobs.expect("scored rows have logprobs");
-                        live.prompt_scores.as_mut().expect("asked for").push(token_logprobs(token, row));
-                    }
-                    RowUse::Choose { .. } => {
-                        if first_end && index == 0 {
-                            live.report_prompt();
-                            reported = true;
-                        }
-                        self.stats.generation_tokens += 1;
-                        let generated = sequence.output().len() + 1;
-                        let end = live.token(index, token, generated, row.logprobs, now);
-                        outcome = match end {
-                            None => Outcome::Token(token),
-                            Some(reason) => {
-                                self.stats.finished_stop += u64::from(reason == FinishReason::Stop);
-                                self.stats.finished_length += u64::from(reason == FinishReason::Length);
-                                Outcome::Finished
-                            }
-                        };
-                    }
-                }
-            }
-            let failed = failures.contains_key(&key);
-            if first_end && index == 0 && !failed {
-                if !reported {
-                    live.report_prompt();
-                }
-                prompts_done.push(key);
-            }
-            // Scoring only: all samples end with the prompt.
-            if first_end && live.sampling.max_tokens == 0 && !failed {
-                for index in 0..live.samples.len() as u32 {
-                    live.finish(index, FinishReason::Length, None);
-                    self.stats.finished_length += 1;
-                }
-                outcome = Outcome::Finished;
-            }
-            outcomes.push(if failed { Outcome::Failed } else { outcome });
-        }
-        self.settle(batch, &outcomes, prompts_done, failures);
-    }
-
-    /// Commits the step, then ends what has ended and puts further samples in line.
-    fn settle(
-        &mut self,
-        batch: &Batch,
-        outcomes: &[Outcome],
-        prompts_done: Vec<RequestKey>,
-        mut failures: BTreeMap<RequestKey, String>,
-    ) {
-        self.scheduler.commit(batch, outcomes);
-        let mut touched = Vec::new();
-        for (part, outcome) in batch.parts.iter().zip(outcomes) {
-            if !matches!(outcome, Outcome::Finished | Outcome::Failed) {
-                continue;
-            }
-            let (key, index) = self.owners.remove(&part.seq).expect("scheduled sequences have owners");
-            let live = self.requests.get_mut(&key).expect("owners live");
-            if *outcome == Outcome::Failed && live.samples[index as usize].place != Place::Ended {
-                live.move_to(index, Place::Ended);
-            }
-            touched.push(key);
-        }
-        for key in prompts_done {
-            let live = &self.requests[&key];
-            let behind: Vec<u32> = (0..live.samples.len() as u32)
-                .filter(|i| live.samples[*i as usize].place == Place::Behind)
-                .collect();
-            for index in behind {
-                if let Err(message) = self.add_sample(key, index) {
-                    failures.entry(key).or_insert(message);
-                }
-            }
-        }
-        for (key, message) in failures {
-            self.fail(key, message);
-        }
-        for key in touched {
-            if self.requests.get(&key).is_some_and(|live| live.unfinished == 0) {
-                self.end(key, None);
-            }
-        }
-    }
-
-    fn record(&mut self, batch: &Batch, start: Duration, execute: Duration) -> StepRecord {
-        let rows = |decode: bool| -> u32 {
-            let of = |part: &&Part| (part.work == Work::Decode) == decode;
-            batch.parts.iter().filter(of).map(|part| part.len).sum()
-        };
-        self.stats.steps = batch.step;
-        self.publish_stats();
-        let waiting = self.requests.len().saturating_sub(self.stats.running) as u32;
-        let record = StepRecord {
-            id: batch.step,
-            start,
-            duration: self.shared.clock.now().saturating_sub(start),
-            execute,
-            prefill_tokens: rows(false),
-            decode_tokens: rows(true),
-            seqs: batch.parts.len() as u32,
-            waiting,
-        };
-        self.shared.steps().push(record);
-        record
-    }
-
-    fn publish_stats(&mut self) {
+    pub(crate) fn publish_stats(&mut self) {
         let scheduler = self.scheduler.stats();
         self.stats.running = self.requests.values().filter(|live| live.running > 0).count();
         self.stats.waiting = self.requests.len() - self.stats.running;
@@ -564,7 +361,7 @@ impl<R: Runner> Engine<R> {
         }
         for command in commands {
             if let Command::Submit(mut submission) = command {
-                (submission.sink)(crate::Event::Failed(reason.to_owned()));
+                (submission.sink)(Event::Failed(reason.to_owned()));
             }
         }
     }
@@ -575,31 +372,6 @@ impl<R: Runner> Drop for Engine<R> {
         if !matches!(self.shared.inbox().life, Life::Dead(_)) {
             self.die("it was dropped");
         }
-    }
-}
-
-fn sample_row<'a>(
-    logit_row: u32,
-    usage: RowUse,
-    live: &'a Live,
-    index: u32,
-    sequence: &'a bitfast_scheduler::Sequence,
-) -> SampleRow<'a> {
-    match usage {
-        RowUse::Score { position } => SampleRow {
-            logit_row,
-            position: position + 1,
-            choose: None,
-            score_token: Some(sequence.prompt()[position as usize + 1]),
-            logprobs: live.sampling.prompt_logprobs,
-        },
-        RowUse::Choose { position } => SampleRow {
-            logit_row,
-            position: position + 1,
-            choose: Some(live.choice(index, sequence)),
-            score_token: None,
-            logprobs: live.sampling.logprobs,
-        },
     }
 }
 

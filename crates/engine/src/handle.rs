@@ -92,7 +92,7 @@ impl EngineHandle {
         let id = request.id.clone();
         inbox.queued += 1;
         inbox.live.insert(id.clone(), key);
-        inbox.commands.push_back(Command::Submit(Submission { key, request, sink, at }));
+        inbox.commands.push_back(Command::Submit(Box::new(Submission { key, request, sink, at })));
         self.shared.announce(inbox);
         Ok(RequestGuard { shared: Arc::clone(&self.shared), id, key })
     }

@@ -16,6 +16,7 @@ mod request;
 mod runner;
 mod shared;
 mod stats;
+mod step;
 mod validate;
 
 pub use bitfast_scheduler::Policy;

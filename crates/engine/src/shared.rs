@@ -18,7 +18,7 @@ pub(crate) type RequestKey = u64;
 
 /// What handles ask of the engine, in arrival order.
 pub(crate) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     Abort(RequestKey),
     ResetPrefixCache,
 }

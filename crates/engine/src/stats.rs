@@ -1,6 +1,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::request::FinishReason;
+
 /// Counters and gauges of an engine, as of its last step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EngineStats {
@@ -40,6 +42,16 @@ impl EngineStats {
     /// Share of the KV blocks in use. [0, 1]
     pub fn kv_usage(&self) -> f64 {
         self.kv_blocks_used as f64 / self.kv_blocks_total.max(1) as f64
+    }
+}
+
+impl EngineStats {
+    pub(crate) fn count_end(&mut self, reason: FinishReason) {
+        match reason {
+            FinishReason::Stop => self.finished_stop += 1,
+            FinishReason::Length => self.finished_length += 1,
+            FinishReason::Abort => self.finished_abort += 1,
+        }
     }
 }
 

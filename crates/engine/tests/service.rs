@@ -1,0 +1,211 @@
+//! The engine as a service: its handle, its thread, its end.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use bitfast_engine::{
+    Engine, EngineConfig, EngineError, Event, FinishReason, Health, Shutdown, SleepLevel, Step, SubmitError,
+    SystemClock, TryEvent,
+};
+use common::*;
+
+const SOON: Duration = Duration::from_secs(60);
+
+fn spawn() -> bitfast_engine::EngineHandle {
+    Engine::new(Counting, config(), Arc::new(SystemClock::new())).unwrap().spawn().unwrap()
+}
+
+#[test]
+fn requests_from_many_threads_are_served() {
+    let handle = spawn();
+    let clients: Vec<_> = (0..8)
+        .map(|i| {
+            let handle = handle.clone();
+            std::thread::spawn(move || {
+                for j in 0..20 {
+                    let stream = handle.submit(request(&format!("{i}.{j}"), [i], max_tokens(5))).unwrap();
+                    let events: Vec<_> = stream.collect();
+                    assert_eq!(tokens(&events, 0), (i + 1..i + 6).collect::<Vec<_>>());
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+    assert_eq!(handle.stats().generation_tokens, 8 * 20 * 5);
+    assert!(handle.shutdown(Shutdown::Finish, SOON));
+    assert_eq!(handle.health(), Health::Dead("it was shut down".to_owned()));
+    let error = handle.submit(request("late", [1], max_tokens(1))).map(drop).unwrap_err();
+    assert_eq!(error, SubmitError::Dead("it was shut down".to_owned()));
+}
+
+#[test]
+fn a_failing_runner_fails_everything_with_the_reason() {
+    for (token, reason) in [(FAILS, "told to fail"), (PANICS, "told to panic")] {
+        let handle = spawn();
+        handle.pause(SleepLevel::Pause).unwrap();
+        let streams: Vec<_> = [1, token]
+            .iter()
+            .map(|t| handle.submit(request(&t.to_string(), [*t], max_tokens(60))).unwrap())
+            .collect();
+        handle.resume();
+        for stream in streams {
+            let Some(Event::Failed(message)) = stream.last() else { panic!("no failure") };
+            assert!(message.contains(reason), "{message}");
+        }
+        let Health::Dead(message) = handle.health() else { panic!("it lives") };
+        assert!(message.contains(reason), "{message}");
+        let error = handle.submit(request("late", [1], max_tokens(1))).map(drop).unwrap_err();
+        assert!(matches!(error, SubmitError::Dead(message) if message.contains(reason)));
+    }
+}
+
+#[test]
+fn dropping_the_stream_aborts() {
+    let (mut engine, handle) = engine(config());
+    let dropped = handle.submit(request("dropped", [1], max_tokens(50))).unwrap();
+    let mut kept = handle.submit(request("kept", [1], max_tokens(3))).unwrap();
+    engine.step();
+    assert_eq!(handle.stats().running, 2);
+    drop(dropped);
+    engine.step();
+    engine.check();
+    assert_eq!((handle.stats().running, handle.stats().finished_abort), (1, 1));
+    settle(&mut engine);
+    assert_eq!(tokens(&ready(&mut kept), 0), [2, 3, 4]);
+    assert_eq!(engine.scheduler().stats().blocks_used, 0);
+}
+
+#[test]
+fn aborting_by_id_ends_the_samples() {
+    let (mut engine, handle) = engine(config());
+    let mut stream = handle.submit(request("a", [1], max_tokens(50))).unwrap();
+    engine.step();
+    assert!(handle.abort("a") && !handle.abort("b"));
+    engine.step();
+    let events = ready(&mut stream);
+    let end = Event::Finished { index: 0, reason: FinishReason::Abort, stop_token: None };
+    assert_eq!(events[events.len() - 2], end);
+    assert!(!handle.abort("a"));
+    assert_eq!(stream.try_recv(), TryEvent::Ended);
+    // Aborted before it started: no start, but an end.
+    let mut stream = handle.submit(request("a", [1], max_tokens(50))).unwrap();
+    stream.abort();
+    engine.step();
+    assert_eq!(ready(&mut stream)[0], end);
+}
+
+#[test]
+fn a_paused_engine_queues() {
+    let (mut engine, handle) = engine(config());
+    handle.pause(SleepLevel::Pause).unwrap();
+    assert!(handle.pause(SleepLevel::DropWeights).is_err());
+    let mut stream = handle.submit(request("a", [1], max_tokens(2))).unwrap();
+    assert_eq!((engine.step(), handle.is_paused()), (Step::Idle, true));
+    assert_eq!((handle.stats().waiting, handle.stats().running), (1, 0));
+    handle.resume();
+    settle(&mut engine);
+    assert_eq!(tokens(&ready(&mut stream), 0), [2, 3]);
+}
+
+#[test]
+fn the_queue_is_bounded_and_ids_are_unique() {
+    let (mut engine, handle) = engine(EngineConfig { max_queued: 2, ..config() });
+    let _a = handle.submit(request("a", [1], max_tokens(9))).unwrap();
+    let error = handle.submit(request("a", [1], max_tokens(9))).map(drop).unwrap_err();
+    assert_eq!(error, SubmitError::DuplicateId("a".to_owned()));
+    let _b = handle.submit(request("b", [1], max_tokens(9))).unwrap();
+    let error = handle.submit(request("c", [1], max_tokens(9))).map(drop).unwrap_err();
+    assert_eq!(error, SubmitError::QueueFull { limit: 2 });
+    engine.step();
+    let _c = handle.submit(request("c", [1], max_tokens(9))).unwrap();
+}
+
+#[test]
+fn prefix_hits_and_resets_show() {
+    let (mut engine, handle) = engine(config());
+    let mut cached = |id: &str| {
+        let mut stream = handle.submit(request(id, 0..9, max_tokens(1))).unwrap();
+        settle(&mut engine);
+        match ready(&mut stream)[0] {
+            Event::Started { cached_tokens, .. } => cached_tokens,
+            ref event => panic!("{event:?}"),
+        }
+    };
+    assert_eq!((cached("a"), cached("b")), (0, 8));
+    handle.reset_prefix_cache();
+    assert_eq!((cached("c"), cached("d")), (0, 8));
+    let stats = handle.stats();
+    assert_eq!((stats.prefix_queries, stats.prefix_hits, stats.prompt_tokens), (36, 16, 36));
+}
+
+#[test]
+fn steps_are_recorded_in_a_bounded_ring() {
+    let (mut engine, handle) = engine(EngineConfig { step_records: 3, ..config() });
+    let _stream = handle.submit(request("a", 0..5, max_tokens(6))).unwrap();
+    settle(&mut engine);
+    let records = handle.step_stats(0);
+    assert_eq!(records.iter().map(|r| r.id).collect::<Vec<_>>(), [4, 5, 6]);
+    assert_eq!((records[0].prefill_tokens, records[0].decode_tokens, records[0].seqs), (0, 1, 1));
+    assert_eq!(handle.step_stats(5).len(), 1);
+    assert!(handle.step_stats(6).is_empty());
+}
+
+#[test]
+fn shutting_down_finishes_or_aborts() {
+    let handle = spawn();
+    let stream = handle.submit(request("a", [1], max_tokens(60))).unwrap();
+    assert!(handle.shutdown(Shutdown::Finish, SOON));
+    assert_eq!(tokens(&stream.collect::<Vec<_>>(), 0).len(), 60);
+
+    let handle = spawn();
+    handle.pause(SleepLevel::Pause).unwrap();
+    let stream = handle.submit(request("a", [1], max_tokens(60))).unwrap();
+    assert!(!handle.shutdown(Shutdown::Finish, Duration::ZERO), "a paused engine finishes nothing");
+    assert!(matches!(stream.last(), Some(Event::Done(_))));
+}
+
+#[test]
+fn the_thread_ends_with_its_last_handle() {
+    let handle = spawn();
+    let (ended, wait) = mpsc::channel::<()>();
+    let guard = handle
+        .submit_with(
+            request("a", [1], max_tokens(5)),
+            // Dropped with the request, at the latest with the engine.
+            Box::new(move |_| {
+                let _keep = &ended;
+            }),
+        )
+        .unwrap();
+    drop(handle);
+    assert_eq!(wait.recv_timeout(SOON), Err(mpsc::RecvTimeoutError::Disconnected));
+    drop(guard);
+}
+
+#[test]
+fn an_engine_that_is_dropped_fails_its_requests() {
+    let (engine, handle) = engine(config());
+    let mut stream = handle.submit(request("a", [1], max_tokens(5))).unwrap();
+    drop(engine);
+    assert_eq!(stream.recv(), Some(Event::Failed("it was dropped".to_owned())));
+    assert_eq!(stream.recv(), None);
+}
+
+#[test]
+fn limits_beyond_the_runner_are_refused() {
+    let clock = Arc::new(SystemClock::new());
+    let config = EngineConfig { max_num_batched_tokens: 17, ..config() };
+    let error = Engine::new(Counting, config, clock).map(drop).unwrap_err();
+    assert!(matches!(error, EngineError::BeyondRunner { name: "max_num_batched_tokens", .. }), "{error}");
+}
+
+#[test]
+fn the_fingerprint_has_its_form() {
+    let (_engine, handle) = engine(config());
+    assert_eq!(handle.fingerprint(), "bitfast-v1-portable-abababababababab");
+}
