@@ -37,6 +37,14 @@ pub fn tensor_specs(config: &ModelConfig) -> Vec<TensorSpec> {
     plan(config, 1).jobs.into_iter().flat_map(|job| job.parts).collect()
 }
 
+/// What each layer of `config`'s model caches for a token on one of `ranks` devices: a model's
+/// [`kv_layout`](Model::kv_layout) before it is loaded, so that memory can be planned.
+pub fn kv_layout(config: &ModelConfig, ranks: usize, block_size: usize) -> KvLayout {
+    match config.architecture {
+        Architecture::Llama | Architecture::Qwen3 => layers::gqa_layout(config, ranks, block_size),
+    }
+}
+
 /// Fetches the weights of `config`'s model from `source`, packs them for `be` and allocates step buffers.
 ///
 /// `progress` is called after every packed tensor. Weights are read by `options.threads` threads beside the
