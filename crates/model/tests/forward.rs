@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use bitfast_model::{
     DummySource, LoadError, LoadOptions, Loaded, ModelConfig, Progress, TensorSpec, WeightError,
-    WeightSource, load, tensor_specs, weights_digest,
+    WeightSource, kv_layout, load, tensor_specs, weights_digest,
 };
 use bitfast_ops::*;
 
@@ -231,6 +231,7 @@ fn fused_weights_stack_their_parts_and_group_heads_by_rank() {
         assert_eq!((desc.kind, desc.n, desc.k), (LinearKind::Row, 96, 160));
         let layer = LayerKv::Gqa { kv_heads: 2 / ranks, head_dim: 64 };
         assert_eq!(model.kv_layout(16), KvLayout { layers: vec![layer; 2], block_size: 16 });
+        assert_eq!(kv_layout(&config, ranks, 16), model.kv_layout(16));
     }
 }
 

@@ -181,6 +181,21 @@ fn lies_are_named() {
 }
 
 #[test]
+fn files_that_cannot_be_mapped_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = |path: &Path| Gguf::open(path).err().unwrap().to_string();
+    let empty = dir.path().join("empty.gguf");
+    std::fs::write(&empty, b"").unwrap();
+    assert!(e(&empty).contains("empty.gguf: truncated: the magic number"), "{}", e(&empty));
+    assert!(
+        e(&dir.path().join("none.gguf")).starts_with("cannot read"),
+        "{}",
+        e(&dir.path().join("none.gguf"))
+    );
+    assert!(e(dir.path()).contains("is a directory"), "{}", e(dir.path()));
+}
+
+#[test]
 fn every_truncation_is_refused() {
     let bytes = small_llama_with_tensors().bytes();
     parse(bytes.clone()).unwrap();

@@ -214,9 +214,9 @@ mod tests {
 
     /// The digest of the real file, also computed by gguf-py 0.19 with numpy.
     #[test]
-    #[ignore = "needs the real model: set BITFAST_SMOLLM2_GGUF to SmolLM2-135M-Instruct.Q4_1.gguf"]
+    #[ignore = "needs the model file in BITFAST_TEST_GGUF"]
     fn the_real_model_has_its_digest() {
-        let path = std::env::var("BITFAST_SMOLLM2_GGUF").expect("BITFAST_SMOLLM2_GGUF");
+        let path = std::env::var("BITFAST_TEST_GGUF").expect("BITFAST_TEST_GGUF");
         let gguf = Arc::new(Gguf::open(path.as_ref()).unwrap());
         let config = ModelConfig::from_gguf(&gguf).unwrap();
         let source = GgufSource::new(Arc::clone(&gguf), &config);
