@@ -152,13 +152,22 @@ impl HeadBlock {
             let group_keys = s.group_tiles() * TILE_N;
             let k = self.keys(offset / group_keys * group_keys).0.cast_mut();
             let k = k.add(offset % group_keys / TILE_N * B_TILE + offset % TILE_N * 4);
-            for (i, x) in key.iter().enumerate() {
-                let (chunk, pair, half) = (i / CHUNK, i % CHUNK / 2, i % 2);
-                *k.add(chunk * s.group_tiles() * B_TILE + pair * 64 + half * 2).cast::<bf16>() = *x;
+            for (chunk, key) in key.chunks(CHUNK).enumerate() {
+                let k = k.add(chunk * s.group_tiles() * B_TILE);
+                let (pairs, single) = key.as_chunks::<2>();
+                for (i, pair) in pairs.iter().enumerate() {
+                    *k.add(i * 64).cast::<[bf16; 2]>() = *pair;
+                }
+                if let [single] = single {
+                    *k.add(pairs.len() * 64).cast::<bf16>() = *single;
+                }
             }
             let v = self.values(offset).cast_mut().add(offset % V_CHUNK / 2 * 64 + offset % 2 * 2);
-            for (i, x) in value.iter().enumerate() {
-                *v.add(i / TILE_N * B_TILE + i % TILE_N * 4).cast::<bf16>() = *x;
+            for (tile, value) in value.chunks(TILE_N).enumerate() {
+                let v = v.add(tile * B_TILE);
+                for (i, x) in value.iter().enumerate() {
+                    *v.add(i * 4).cast::<bf16>() = *x;
+                }
             }
         }
     }

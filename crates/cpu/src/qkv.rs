@@ -41,7 +41,8 @@ pub(crate) fn qkv_prep(
     };
     let prep = Prep { isa: workers.isa, batch, desc, qkv, q_norm, k_norm, rope, kv, q_out: q_out.view_mut() };
     let runs = block_runs(batch, kv.shape(desc.layer).block_size);
-    let cost = batch.num_tokens() * qkv.cols() / runs.len().max(1);
+    // An element costs more than one of a norm: rotation, and stores that are two bytes wide.
+    let cost = 4 * batch.num_tokens() * qkv.cols() / runs.len().max(1);
     workers.run_ranges(runs.len(), cost, |mine| {
         runs[mine].iter().cloned().flatten().for_each(|row| prep.row(row));
     });

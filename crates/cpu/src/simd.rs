@@ -3,15 +3,13 @@
 
 use bitfast_ops::{RowSample, SampleRow, bf16, exact};
 
-use crate::Isa;
-
 /// Defines `name(isa, args..)`, which runs `body` compiled for `isa`.
 macro_rules! per_isa {
     ($( $(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block )+) => { $(
         $(#[$doc])*
         #[inline]
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name(isa: Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name(isa: $crate::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             fn body($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
@@ -23,10 +21,10 @@ macro_rules! per_isa {
             match isa {
                 // SAFETY: a backend is only built for a path that `Isa::require` found available.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Amx | Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::Isa::Amx | $crate::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
                 _ => body($($arg),*),
             }
         }

@@ -17,6 +17,8 @@ pub(crate) struct Workers {
     scratch: Vec<Slot>,
     /// Rows widened to fp32, shared by all threads of an op.
     pub widened: Buffer,
+    /// Results of attention splits, shared by all threads of an op.
+    pub partials: Buffer,
 }
 
 /// One thread's scratch memory; only that thread touches it while a job runs.
@@ -28,7 +30,13 @@ unsafe impl Sync for Slot {}
 impl Workers {
     pub fn new(isa: Isa, threads: usize, pin: bool) -> Self {
         let scratch = (0..threads).map(|_| Slot(UnsafeCell::new(Buffer::default()))).collect();
-        Self { isa, pool: Pool::new(threads, pin), scratch, widened: Buffer::default() }
+        Self {
+            isa,
+            pool: Pool::new(threads, pin),
+            scratch,
+            widened: Buffer::default(),
+            partials: Buffer::default(),
+        }
     }
 
     pub fn threads(&self) -> usize {

@@ -1,0 +1,232 @@
+//! One work item: its operands in a thread's scratch, and the tiles of keys that it walks.
+
+use bitfast_ops::contract::{ATTN_SPLIT_KEYS, ATTN_TILE_KEYS};
+use bitfast_ops::{AttnDesc, SeqInput, bf16};
+
+use super::Item;
+use super::softmax::{Folded, RowState, S_STRIDE, softmax_tile};
+use crate::Isa;
+use crate::kv::{HeadShape, Kv, V_CHUNK};
+use crate::micro::{self, AForm, CHUNK, Path, ROW_ALIGN, TILE_N, Tile};
+use crate::tensor::Tensor;
+
+/// Where an item's operands lie in a thread's scratch.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    q_stride: usize,
+    p_stride: usize,
+    pub o_len: usize,
+    s: usize,
+    p: usize,
+    o: usize,
+    pub total: usize,
+    state: usize,
+    pub folded: usize,
+    pub bytes: usize,
+}
+
+impl Parts {
+    pub fn new(shape: HeadShape, rows: usize) -> Self {
+        // A product may begin at any row and touches whole tiles of rows from there.
+        let rows = rows.next_multiple_of(ROW_ALIGN) + ROW_ALIGN;
+        // Bytes per row, for the wider form of A; odd numbers of cache lines.
+        let q_stride = shape.k_chunks() * CHUNK * 4 + 64;
+        let p_stride = ATTN_TILE_KEYS * 4 + 64;
+        let o_len = shape.v_tiles() * TILE_N;
+        let s = rows * q_stride;
+        let p = s + rows * S_STRIDE * 4;
+        let o = p + rows * p_stride;
+        let total = o + rows * o_len * 4;
+        let state = total + rows * o_len * 4;
+        let folded = state + rows * size_of::<RowState>();
+        let bytes = folded + rows * size_of::<Folded>();
+        Self { q_stride, p_stride, o_len, s, p, o, total, state, folded, bytes }
+    }
+}
+
+/// One item while a thread works on it.
+pub(super) struct ItemRun<'a> {
+    pub isa: Isa,
+    pub path: Path,
+    pub desc: AttnDesc,
+    pub shape: HeadShape,
+    pub seq: &'a SeqInput,
+    pub item: &'a Item,
+    pub kv: &'a Kv,
+    pub parts: Parts,
+    pub scratch: *mut u8,
+}
+
+impl<'a> ItemRun<'a> {
+    /// Loads the queries.
+    pub fn start(&self, q: &Tensor) {
+        self.load_queries(q);
+    }
+
+    /// Rows of the products: query rows x heads of the group, in position order.
+    pub fn rows(&self) -> usize {
+        self.item.rows.len() * self.group()
+    }
+
+    fn group(&self) -> usize {
+        self.desc.heads / self.desc.kv_heads
+    }
+
+    /// Position of row `i`.
+    pub fn position(&self, i: usize) -> usize {
+        self.seq.context_len as usize + self.item.rows.start + i / self.group()
+    }
+
+    /// Splits that the last row has keys in.
+    pub fn splits(&self) -> usize {
+        self.item.splits(self.seq)
+    }
+
+    /// Attention over the keys of one split; the state of every row, and its O in [`ItemRun::o`].
+    pub fn split(&self, split: usize) -> &'a [RowState] {
+        let (m, first_position) = (self.rows(), self.position(0));
+        // SAFETY: this thread's scratch, as `Parts` lays it out; the borrow of the state ends before the next
+        // split begins, since callers only look at it in between.
+        let state = unsafe {
+            std::slice::from_raw_parts_mut(self.scratch.add(self.parts.state).cast::<RowState>(), m)
+        };
+        for (i, s) in state.iter_mut().enumerate() {
+            *s = RowState::start(self.position(i));
+        }
+        let o = self.o_mut();
+        o.fill(0.0);
+        let start = split * ATTN_SPLIT_KEYS;
+        let end = (start + ATTN_SPLIT_KEYS).min(state[m - 1].position + 1);
+        for tile in (start..end).step_by(ATTN_TILE_KEYS) {
+            // The first rows may lie before this tile.
+            let first = (tile.saturating_sub(first_position) * self.group()).min(m);
+            self.tile(tile, first, state, o);
+        }
+        state
+    }
+
+    /// O of row `i` after [`ItemRun::split`].
+    pub fn o(&self, i: usize) -> &[f32] {
+        &self.o_mut()[i * self.parts.o_len..][..self.parts.o_len]
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn o_mut(&self) -> &'a mut [f32] {
+        // SAFETY: this thread's scratch; O is borrowed by one function at a time.
+        unsafe {
+            let o = self.scratch.add(self.parts.o).cast::<f32>();
+            std::slice::from_raw_parts_mut(o, self.rows() * self.parts.o_len)
+        }
+    }
+
+    /// Batch row, first column and number of columns of row `i`'s output.
+    pub fn home(&self, i: usize) -> (usize, usize, usize) {
+        let row = self.seq.first_row as usize + self.item.rows.start + i / self.group();
+        let head = self.item.head * self.group() + i % self.group();
+        (row, head * self.shape.head_dim, self.shape.head_dim)
+    }
+
+    /// Copies the group's query heads into rows of A.
+    fn load_queries(&self, q: &Tensor) {
+        let (d, padded) = (self.shape.head_dim, self.shape.k_chunks() * CHUNK);
+        for i in 0..self.rows() {
+            let (row, col, _) = self.home(i);
+            let head = &q.row(row)[col..][..d];
+            // SAFETY: row `i` of this thread's A, `q_stride` bytes.
+            unsafe {
+                let a = self.scratch.add(i * self.parts.q_stride);
+                match self.path.a_form() {
+                    AForm::Bf16 => {
+                        let a = std::slice::from_raw_parts_mut(a.cast::<bf16>(), padded);
+                        a[..d].copy_from_slice(head);
+                        a[d..].fill(bf16::ZERO);
+                    }
+                    AForm::F32 => {
+                        let a = std::slice::from_raw_parts_mut(a.cast::<f32>(), padded);
+                        crate::simd::widen(self.isa, head, &mut a[..d]);
+                        a[d..].fill(0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One tile of 64 keys for the rows from `first` on: S = q k^T, softmax, O += P V.
+    fn tile(&self, tile: usize, first: usize, state: &mut [RowState], o: &mut [f32]) {
+        let Parts { q_stride, p_stride, o_len, .. } = self.parts;
+        let rows = state.len() - first;
+        let last = state[state.len() - 1].position;
+        let block_size = self.shape.block_size;
+        let block = |key: usize| {
+            self.kv.head(self.desc.layer, self.seq.block_table[key / block_size] as usize, self.item.head)
+        };
+        // SAFETY: S and P are parts of this thread's scratch with room for the padded rows.
+        let (s, p) =
+            unsafe { (self.scratch.add(self.parts.s).cast::<f32>(), self.scratch.add(self.parts.p)) };
+        let group_keys = self.shape.group_tiles() * TILE_N;
+        for key in (tile..(tile + ATTN_TILE_KEYS).min(last + 1)).step_by(group_keys) {
+            let (b, b_chunk) = block(key).keys(key % block_size);
+            // SAFETY: as above; the block belongs to the sequence, and nothing writes to the cache meanwhile.
+            unsafe {
+                let c = s.add(first * S_STRIDE + key - tile);
+                zero_block(c, rows, group_keys);
+                let (a, chunks) = (self.scratch.add(first * q_stride), self.shape.k_chunks());
+                let tiles = self.shape.group_tiles();
+                let t = Tile {
+                    rows,
+                    tiles,
+                    chunks,
+                    a,
+                    a_stride: q_stride,
+                    b,
+                    b_chunk,
+                    c,
+                    c_stride: S_STRIDE * 4,
+                };
+                micro::product(self.path, t);
+            }
+        }
+        let form = self.path.a_form();
+        let o = &mut o[first * o_len..];
+        softmax_tile(
+            self.isa,
+            &mut state[first..],
+            s.wrapping_add(first * S_STRIDE),
+            self.desc.scale_log2,
+            tile,
+            o,
+            o_len,
+            form,
+            p.wrapping_add(first * p_stride),
+            p_stride,
+        );
+        for key in (tile..(tile + ATTN_TILE_KEYS).min(last + 1)).step_by(V_CHUNK) {
+            let element = if form == AForm::Bf16 { 2 } else { 4 };
+            // SAFETY: as above; O has room for the padded rows behind `first`.
+            unsafe {
+                let a = p.add(first * p_stride + (key - tile) * element);
+                let t = Tile {
+                    rows,
+                    tiles: self.shape.v_tiles(),
+                    chunks: 1,
+                    a,
+                    a_stride: p_stride,
+                    b: block(key).values(key % block_size),
+                    b_chunk: 0,
+                    c: o.as_mut_ptr(),
+                    c_stride: o_len * 4,
+                };
+                micro::product(self.path, t);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `c` has `rows` rows of [`S_STRIDE`] floats.
+unsafe fn zero_block(c: *mut f32, rows: usize, cols: usize) {
+    for row in 0..rows {
+        // SAFETY: the caller's promise; `cols <= 64`.
+        unsafe { c.add(row * S_STRIDE).write_bytes(0, cols) };
+    }
+}
