@@ -29,28 +29,13 @@ fn add_flushed(a: f32, b: f32) -> f32 {
 /// had no lower bound (x86's rule), so the values just below the smallest normal number round up to it.
 fn fma_flushed(a: bf16, b: bf16, c: f32) -> f32 {
     let (a, b, c) = (normal_or_zero(bf16_to_f32(a)), normal_or_zero(bf16_to_f32(b)), normal_or_zero(c));
-    // The product has 16 significant bits and is exact in f64. Rounding to odd keeps enough of the sum for the
-    // second rounding to be the only one that counts (53 >= 2 * 24 + 2 bits).
-    let sum = add_to_odd(a as f64 * b as f64, c as f64);
+    // Exact product (16 significant bits); one f64 rounding of the sum, then one to fp32. The first one does not
+    // count: where it is inexact, the smaller term (at most 24 bits long) lies below 2^-28 of the larger, which is
+    // an fp32 value already, and both roundings give that.
+    let sum = a as f64 * b as f64 + c as f64;
     // (1 - 2^-25) 2^-126: from here on rounding to 24 bits reaches 2^-126.
     const TINY: f64 = (1.0 - 1.0 / 33_554_432.0) * f32::MIN_POSITIVE as f64;
     if sum.abs() < TINY { 0f32.copysign(sum as f32) } else { sum as f32 }
-}
-
-/// `x + y` rounded to odd: exact sums stay; others become the neighbour whose last bit is 1.
-fn add_to_odd(x: f64, y: f64) -> f64 {
-    let sum = x + y;
-    if !sum.is_finite() {
-        return sum;
-    }
-    // The error of the rounded sum, exactly (Knuth's two-sum).
-    let y_part = sum - x;
-    let error = (x - (sum - y_part)) + (y - y_part);
-    if error == 0.0 || sum.to_bits() & 1 == 1 {
-        return sum;
-    }
-    let away_from_zero = (error > 0.0) == (sum > 0.0);
-    f64::from_bits(if away_from_zero { sum.to_bits() + 1 } else { sum.to_bits() - 1 })
 }
 
 #[cfg(test)]

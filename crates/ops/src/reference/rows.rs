@@ -45,3 +45,50 @@ pub fn silu_mul(g: &[bf16], u: &[bf16]) -> Vec<bf16> {
     exact::silu_mul(g, u, &mut out);
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::values;
+
+    #[test]
+    fn rows_and_heads_are_independent() {
+        let desc = NormDesc { eps: 1e-5, unit_offset: false };
+        let (x, delta, w) = (values(3 * 96, 1, 2.0), values(3 * 96, 2, 1.0), values(96, 3, 1.0));
+        let mut residual = x.clone();
+        let all = add_rms_norm(&mut residual, &delta, &w, desc);
+        for r in 0..3 {
+            let row = r * 96..(r + 1) * 96;
+            let mut alone = x[row.clone()].to_vec();
+            assert_eq!(add_rms_norm(&mut alone, &delta[row.clone()], &w, desc), all[row.clone()]);
+            assert_eq!(alone, residual[row.clone()]);
+            assert_eq!(rms_norm(&alone, &w, desc), all[row]);
+        }
+        let (mut heads, head_w) = (x.clone(), &w[..32]);
+        qk_norm(&mut heads, head_w, desc);
+        for (head, x) in heads.chunks(32).zip(x.chunks(32)) {
+            assert_eq!(head, rms_norm(x, head_w, desc));
+        }
+    }
+
+    #[test]
+    fn rope_takes_each_row_s_position() {
+        let table = RopeTable::new(&[1.0, 0.1, 0.01, 0.001], 50);
+        let x = values(3 * 2 * 8, 4, 1.0);
+        let mut all = x.clone();
+        rope(&mut all, 8, &table, &[0, 49, 7]);
+        assert_eq!(all[..16], x[..16]);
+        for (r, pos) in [(1, 49), (2, 7)] {
+            let mut head = x[r * 16 + 8..][..8].to_vec();
+            exact::rope(&mut head, table.row(pos).0, table.row(pos).1);
+            assert_eq!(all[r * 16 + 8..][..8], head);
+            assert_ne!(x[r * 16 + 8..][..8], head);
+        }
+    }
+
+    #[test]
+    fn embed_gathers() {
+        let table = values(5 * 4, 5, 1.0);
+        assert_eq!(embed(&table, 4, &[3, 0, 3]), [&table[12..16], &table[..4], &table[12..16]].concat());
+    }
+}

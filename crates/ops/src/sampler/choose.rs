@@ -132,8 +132,7 @@ impl Noise {
             for (i, x) in values.iter().enumerate().filter(|(i, _)| hopeful[*i]) {
                 let (token, x) = ((group * GROUP + i) as u32, cap(*x));
                 let score = x + gumbel_from_bits(words[i]);
-                let wins = x > f32::NEG_INFINITY && leader.loses_to(token, score);
-                if wins && passes_min_p(x, max, min_p) {
+                if leader.loses_to(token, score) && passes_min_p(x, max, min_p) {
                     leader = Leader { token, score };
                 }
             }

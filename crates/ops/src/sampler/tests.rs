@@ -290,6 +290,31 @@ fn filters_keep_exactly_their_tokens() {
     assert_eq!(support(RowParams { min_p: 0.2, temperature: 0.5, ..all }), [0, 1], "min-p after temperature");
 }
 
+#[test]
+fn a_prefix_that_just_reaches_top_p_is_enough() {
+    let params = RowParams { top_p: 0.5, ..RowParams::default() };
+    for seed in 0..50 {
+        let params = RowParams { seed, ..params.clone() };
+        assert_eq!(
+            token(&[-9.0, 0.0, 0.0, -200.0], choice(RowParams { top_p: 0.4999, ..params.clone() })),
+            Ok(1)
+        );
+        assert_eq!(token(&[f32::NEG_INFINITY, 0.0, 0.0], choice(params)), Ok(1));
+    }
+}
+
+/// Rounding can give two tokens one score: the better logit's is absorbed, the worse one's rounds up to it.
+#[test]
+fn equal_scores_go_to_the_lowest_id() {
+    let best = 2f32.powi(28);
+    let logits = [best - 16.0, best, f32::NEG_INFINITY];
+    let seed = (0..200_000).find(|s| gumbel(*s, 9, 0) > 8.5 && gumbel(*s, 9, 1) < 7.0).unwrap();
+    let params = RowParams { seed, ..RowParams::default() };
+    assert_eq!(logits[0] + gumbel(seed, 9, 0), logits[1] + gumbel(seed, 9, 1));
+    assert_eq!(token(&logits, choice(params.clone())), Ok(0));
+    assert_eq!(token(&logits, choice(RowParams { top_k: 2, ..params })), Ok(0));
+}
+
 /// Pearson's chi-square of `n` draws against the softmax of `logits / temperature`.
 fn chi_square(logits: &[f32], temperature: f32, draw: impl Fn(u32) -> u32, n: u32) -> f64 {
     let weights: Vec<f64> = logits.iter().map(|x| (*x as f64 / temperature as f64).exp()).collect();

@@ -94,3 +94,36 @@ fn extreme_scores_stay_finite() {
         }
     }
 }
+
+/// The partial sums of splits, word for word.
+#[test]
+fn weights_are_summed_in_four_lanes() {
+    let (dim, c) = (64, 0.18f32);
+    let (mut folds, mut other_joins) = (0, 0);
+    for keys in [9, 64, 65, 100, 150, 200, 333, 500] {
+        let (q, k, v) =
+            (values(dim, keys as u64, 3.0), values(dim * keys, 13, 1.0), values(dim * keys, 14, 1.0));
+        let head = |data| Head { data, stride: dim, start: 0, head_dim: dim };
+        let got = split(Class::Portable, c, &q, head(&k), head(&v), 0, keys);
+        let scores: Vec<f32> = k.chunks(dim).map(|k| dot(Class::Portable, 0.0, &q, k)).collect();
+        let (mut max, mut l, mut fold) = (f32::NEG_INFINITY, [0f32; 4], 0f32);
+        for tile in scores.chunks(64) {
+            let tile_max = tile.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+            let next = max.max((tile_max * c).ceil());
+            let a = if max == f32::NEG_INFINITY { 0.0 } else { 2f32.powf(max - next) };
+            max = next;
+            l = l.map(|l| l * a);
+            fold *= a;
+            for (j, s) in tile.iter().enumerate() {
+                let p = exp2_poly3(s.mul_add(c, -max).max(-125.0));
+                l[[0, 0, 1, 1, 2, 2, 3, 3][j % 8]] += p;
+                fold += p;
+            }
+        }
+        assert_eq!(got.max, max);
+        assert_eq!(got.l.to_bits(), ((l[0] + l[1]) + (l[2] + l[3])).to_bits(), "{keys} keys");
+        folds += (got.l != fold) as u32;
+        other_joins += (got.l != (l[0] + l[2]) + (l[1] + l[3])) as u32;
+    }
+    assert!(folds > 0 && other_joins > 0, "the test cannot tell the orders: {folds}, {other_joins}");
+}
