@@ -18,7 +18,7 @@ const PLAIN: PreTokenizer =
     PreTokenizer { splits: &[], gpt2_words: false, ignore_merges: false, add_bos: false, nfc: false };
 
 const SUPPORTED: &str = "gpt-2, smollm, starcoder, refact, command-r, llama-bpe, llama3, qwen2, deepseek-r1-qwen, \
-                         qwen35, deepseek-v3 and their aliases";
+                         deepseek-v3 and their aliases";
 
 /// The pre-tokenizer that GGUF calls `name`. The patterns are those of the models' own
 /// `tokenizer.json`; the names are the ones that llama.cpp's converter writes.
@@ -36,7 +36,6 @@ pub(super) fn by_name(name: &str) -> Result<PreTokenizer, TokenizerError> {
         "dbrx" | "smaug-bpe" => PreTokenizer { splits: &[LLAMA3], ..PLAIN },
         "qwen2" | "deepseek-r1-qwen" | "megrez" => PreTokenizer { splits: &[QWEN2], nfc: true, ..PLAIN },
         "stablelm2" | "hunyuan" => PreTokenizer { splits: &[QWEN2], ..PLAIN },
-        "qwen35" => PreTokenizer { splits: &[QWEN35], nfc: true, ..PLAIN },
         "deepseek-v3" | "hunyuan-dense" => PreTokenizer { splits: &DEEPSEEK3, ..PLAIN },
         other => {
             return Err(TokenizerError::Unsupported {
@@ -50,7 +49,6 @@ pub(super) fn by_name(name: &str) -> Result<PreTokenizer, TokenizerError> {
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: [&str; 3] = [
     r"\p{N}{1,3}",
     "[一-龥\u{3040}-ゟ゠-ヿ]+",
