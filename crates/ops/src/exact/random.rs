@@ -10,27 +10,16 @@ const BLOCKS: usize = 16;
 /// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11).
 #[inline(always)]
 pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    philox_lanes(counter.map(|c| [c]), key).map(|[w]| w)
-}
-
-/// Philox4x32-10 of `L` counters at once: `counter[word][lane]`.
-#[inline(always)]
-fn philox_lanes<const L: usize>(mut counter: [[u32; L]; 4], key: [u32; 2]) -> [[u32; L]; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
     let [mut k0, mut k1] = key;
     for _ in 0..10 {
-        let [c0, c1, c2, c3] = counter;
-        for i in 0..L {
-            let p0 = c0[i] as u64 * 0xD251_1F53;
-            let p1 = c2[i] as u64 * 0xCD9E_8D57;
-            counter[0][i] = (p1 >> 32) as u32 ^ c1[i] ^ k0;
-            counter[1][i] = p1 as u32;
-            counter[2][i] = (p0 >> 32) as u32 ^ c3[i] ^ k1;
-            counter[3][i] = p0 as u32;
-        }
+        let p0 = c0 as u64 * 0xD251_1F53;
+        let p1 = c2 as u64 * 0xCD9E_8D57;
+        (c0, c1, c2, c3) = ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
         k0 = k0.wrapping_add(0x9E37_79B9);
         k1 = k1.wrapping_add(0xBB67_AE85);
     }
-    counter
+    [c0, c1, c2, c3]
 }
 
 /// The key of `seed`: (low word, high word).
@@ -58,9 +47,12 @@ pub(crate) fn token_word(seed: u64, position: u32, token: u32) -> u32 {
 /// The random words of tokens `64 * group ..`, 64 of them.
 #[inline(always)]
 pub(crate) fn token_words(seed: u64, position: u32, group: u32) -> [u32; 4 * BLOCKS] {
-    let blocks: [u32; BLOCKS] = std::array::from_fn(|i| group * BLOCKS as u32 + i as u32);
-    let words = philox_lanes([[position; BLOCKS], blocks, [0; BLOCKS], [0; BLOCKS]], key(seed));
-    std::array::from_fn(|i| words[i % 4][i / 4])
+    let mut words = [0; 4 * BLOCKS];
+    for (i, out) in words.chunks_exact_mut(4).enumerate() {
+        let block = group * BLOCKS as u32 + i as u32;
+        out.copy_from_slice(&philox4x32_10([position, block, 0, 0], key(seed)));
+    }
+    words
 }
 
 /// The uniform variable of a random word: `min(fma(fp32(word), 2^-32, 2^-33), 1 - 2^-24)`, in [2^-33, 1 - 2^-24].
