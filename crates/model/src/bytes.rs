@@ -1,8 +1,10 @@
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::WeightError;
 
@@ -28,7 +30,28 @@ impl Bytes {
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         Ok(Self::Mapped(map))
     }
+
+    /// Tells the system that a range has been read for good, so that its pages no longer count as this process's
+    /// memory; a whole mapped model would count beside its packed weights otherwise.
+    pub fn release(&self, range: Range<usize>) {
+        match self {
+            Bytes::Mapped(map) => give_back(map, range),
+            #[cfg(test)]
+            Bytes::Owned(_) => {}
+        }
+    }
 }
+
+#[cfg(unix)]
+fn give_back(map: &Mmap, range: Range<usize>) {
+    // SAFETY: pages of a read-only file mapping that are given back are read from the file again at the next access,
+    // so bytes that somebody still borrows stay what they were. A refusal changes nothing.
+    #[allow(unsafe_code)]
+    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+}
+
+#[cfg(not(unix))]
+fn give_back(_: &Mmap, _: Range<usize>) {}
 
 impl Deref for Bytes {
     type Target = [u8];

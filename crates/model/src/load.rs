@@ -129,16 +129,16 @@ impl Build for Plan {
 }
 
 /// Hands out packed weights in the plan's order.
-pub(crate) struct Load<'a, 's, B: Backend> {
+pub(crate) struct Load<'a, B: Backend> {
     be: &'a B,
-    prefetch: &'a Prefetch<'s>,
+    prefetch: &'a Prefetch<'a>,
     progress: &'a mut dyn FnMut(Progress),
     done: Progress,
     next: usize,
 }
 
-impl<'s, B: Backend> Load<'_, 's, B> {
-    fn take(&mut self, parts: &[TensorSpec]) -> Result<HostTensor<'s>, WeightError> {
+impl<B: Backend> Load<'_, B> {
+    fn take(&mut self, parts: &[TensorSpec]) -> Result<HostTensor<'static>, WeightError> {
         let planned = &self.prefetch.jobs()[self.next].parts;
         assert_eq!(planned, parts, "load asks for another tensor than its plan");
         self.next += 1;
@@ -152,7 +152,7 @@ impl<'s, B: Backend> Load<'_, 's, B> {
     }
 }
 
-impl<B: Backend> Build for Load<'_, '_, B> {
+impl<B: Backend> Build for Load<'_, B> {
     type Weight = B::Weight;
     type Param = B::Param;
 
@@ -185,7 +185,7 @@ pub(crate) fn run<B: Backend, T>(
     plan: Plan,
     threads: usize,
     progress: &mut dyn FnMut(Progress),
-    body: impl FnOnce(&mut Load<'_, '_, B>) -> Result<T, LoadError>,
+    body: impl FnOnce(&mut Load<'_, B>) -> Result<T, LoadError>,
 ) -> Result<(T, blake3::Hash), LoadError> {
     for spec in plan.jobs.iter().flat_map(|job| &job.parts) {
         source.check(spec)?;

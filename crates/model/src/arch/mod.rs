@@ -60,7 +60,7 @@ pub fn load<B: Backend>(
     let ranks = be.rank().1;
     layers::check_ranks(config, ranks)?;
     let plan = plan(config, ranks);
-    crate::load::run(be, source, plan, options.threads, progress, |l: &mut Load<'_, '_, B>| {
+    crate::load::run(be, source, plan, options.threads, progress, |l: &mut Load<'_, B>| {
         Ok(match config.architecture {
             Architecture::Llama => Box::new(llama::Llama::load(be, config, options, l)?) as Box<dyn Model<B>>,
             Architecture::Qwen3 => Box::new(qwen3::Qwen3::load(be, config, options, l)?),

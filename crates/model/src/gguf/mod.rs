@@ -82,6 +82,11 @@ impl Gguf {
         &self.bytes[tensor.start..][..tensor.len]
     }
 
+    /// The stored bytes of a tensor will not be read again.
+    pub(crate) fn release(&self, tensor: &TensorInfo) {
+        self.bytes.release(tensor.start..tensor.start + tensor.len);
+    }
+
     pub(crate) fn parse(origin: String, bytes: Bytes) -> Result<Self, WeightError> {
         match Self::parse_header(&bytes) {
             Ok((version, metadata, tensors)) => Ok(Self { origin, bytes, version, metadata, tensors }),

@@ -10,24 +10,27 @@ use crate::{TensorSpec, WeightError, WeightSource};
 /// Jobs that are begun ahead of the taking thread whatever their size, so that it need not wait for large ones.
 const AHEAD_JOBS: usize = 2;
 /// Bytes up to which more jobs are begun ahead. The two bound the memory that loading takes beside the weights.
-const AHEAD_BYTES: u64 = 64 << 20;
+const AHEAD_BYTES: u64 = 32 << 20;
 
 /// Reads, joins and digests the tensors of a list on any number of threads, and hands them out in order.
 pub(super) struct Prefetch<'s> {
     source: &'s dyn WeightSource,
     jobs: Vec<Job>,
-    state: Mutex<State<'s>>,
+    state: Mutex<State>,
     /// Signalled whenever `state` changes.
     changed: Condvar,
 }
 
+/// A tensor's name, and its shape and hash of bytes.
+type NamedDigest = (String, (Vec<usize>, blake3::Hash));
+
 #[derive(Default)]
-struct State<'s> {
+struct State {
     /// Jobs below this one have been begun.
     begun: usize,
     /// Jobs below this one have been taken.
     taken: usize,
-    ready: BTreeMap<usize, Result<HostTensor<'s>, WeightError>>,
+    ready: BTreeMap<usize, Result<HostTensor<'static>, WeightError>>,
     /// By name: shape and hash of the tensor's bytes.
     digests: BTreeMap<String, (Vec<usize>, blake3::Hash)>,
     stopped: bool,
@@ -100,7 +103,7 @@ impl<'s> Prefetch<'s> {
     }
 
     /// Waits for job `i`; jobs must be taken in order.
-    pub fn take(&self, i: usize) -> Result<HostTensor<'s>, WeightError> {
+    pub fn take(&self, i: usize) -> Result<HostTensor<'static>, WeightError> {
         let mut state = self.lock();
         loop {
             if let Some(tensor) = state.ready.remove(&i) {
@@ -123,19 +126,10 @@ impl<'s> Prefetch<'s> {
         all.finalize()
     }
 
-    #[allow(clippy::type_complexity)]
-    fn read(
-        &self,
-        job: &Job,
-    ) -> Result<(HostTensor<'s>, Vec<(String, (Vec<usize>, blake3::Hash))>), WeightError> {
+    fn read(&self, job: &Job) -> Result<(HostTensor<'static>, Vec<NamedDigest>), WeightError> {
         let digest = |spec: &TensorSpec, data: &[bf16]| {
             (spec.name.clone(), (spec.shape.clone(), blake3::hash(le_bytes(data))))
         };
-        if let [spec] = &job.parts[..] {
-            let tensor = self.source.fetch(spec)?;
-            let digests = vec![digest(spec, &tensor.data)];
-            return Ok((tensor, digests));
-        }
         let mut shape = job.parts[0].shape.clone();
         shape[0] = job.parts.iter().map(|p| p.shape[0]).sum();
         let mut data = zeroed(shape.iter().product());
@@ -153,7 +147,7 @@ impl<'s> Prefetch<'s> {
         Ok((HostTensor::new(shape, data), digests))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<'s>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while the lock is held leaves the state whole, and the guards must get at it while unwinding.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -87,6 +87,7 @@ impl WeightSource for GgufSource {
                 }
             }
         }
+        self.gguf.release(info);
         Ok(())
     }
 }

@@ -46,11 +46,12 @@ pub trait WeightSource: Send + Sync {
     /// Fails unless tensor `spec.name` is there with `spec.shape`; reads no weight.
     fn check(&self, spec: &TensorSpec) -> Result<(), WeightError>;
 
-    /// Writes the tensor's `spec.elements()` elements, row-major, to `out`.
+    /// Writes the tensor's `spec.elements()` elements, row-major, to `out`. A loader reads a tensor once; reading
+    /// it again gives the same elements.
     fn read(&self, spec: &TensorSpec, out: &mut [bf16]) -> Result<(), WeightError>;
 
-    /// The tensor; borrowed where the file holds it as it is needed.
-    fn fetch(&self, spec: &TensorSpec) -> Result<HostTensor<'_>, WeightError> {
+    /// The tensor.
+    fn fetch(&self, spec: &TensorSpec) -> Result<HostTensor<'static>, WeightError> {
         self.check(spec)?;
         let mut data = zeroed(spec.elements());
         self.read(spec, &mut data)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use bitfast_ops::{HostTensor, bf16};
+use bitfast_ops::bf16;
 use half::f16;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
@@ -112,20 +112,9 @@ impl WeightSource for SafetensorsSource {
             "F16" => convert(bytes, out, |b| to_bf16(f16::from_le_bytes(b).to_f32())),
             _ => convert(bytes, out, |b| to_bf16(f32::from_le_bytes(b))),
         }
+        let (begin, end) = entry.data_offsets;
+        shard.bytes.release(shard.data_start + begin..shard.data_start + end);
         Ok(())
-    }
-
-    fn fetch(&self, spec: &TensorSpec) -> Result<HostTensor<'_>, WeightError> {
-        let (shard, entry) = self.entry(spec)?;
-        // A file may place data at an odd address; then it must be copied.
-        if entry.dtype == "BF16"
-            && let Ok(data) = bytemuck::try_cast_slice::<u8, bf16>(shard.data(entry))
-        {
-            return Ok(HostTensor::new(spec.shape.clone(), data));
-        }
-        let mut data = super::zeroed(spec.elements());
-        self.read(spec, &mut data)?;
-        Ok(HostTensor::new(spec.shape.clone(), data))
     }
 }
 
