@@ -106,24 +106,38 @@ fn string(s: &str) -> Vec<u8> {
 
 /// The metadata of a small llama of one layer: hidden 64, 2 heads of 32, 1 key/value head, inner 32, vocabulary 8.
 pub fn small_llama() -> Writer {
+    small("llama")
+}
+
+fn small(arch: &str) -> Writer {
     Writer::default()
-        .text("general.architecture", "llama")
-        .u32("llama.embedding_length", 64)
-        .u32("llama.block_count", 1)
-        .u32("llama.attention.head_count", 2)
-        .u32("llama.attention.head_count_kv", 1)
-        .u32("llama.feed_forward_length", 32)
-        .u32("llama.context_length", 128)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .f32("llama.rope.freq_base", 10_000.0)
+        .text("general.architecture", arch)
+        .u32(&format!("{arch}.embedding_length"), 64)
+        .u32(&format!("{arch}.block_count"), 1)
+        .u32(&format!("{arch}.attention.head_count"), 2)
+        .u32(&format!("{arch}.attention.head_count_kv"), 1)
+        .u32(&format!("{arch}.feed_forward_length"), 32)
+        .u32(&format!("{arch}.context_length"), 128)
+        .f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5)
+        .f32(&format!("{arch}.rope.freq_base"), 10_000.0)
         .u32("tokenizer.ggml.eos_token_id", 7)
         .strings("tokenizer.ggml.tokens", &["a", "b", "c", "d", "e", "f", "g", "h"])
 }
 
 /// The same with its tensors: element `i` of the `n`-th tensor is `n + i / 64`, in F32.
 pub fn small_llama_with_tensors() -> Writer {
-    let mut writer = small_llama();
-    for (n, (name, shape)) in small_llama_tensors().into_iter().enumerate() {
+    with_tensors(small_llama(), small_llama_tensors())
+}
+
+/// A Qwen3 of the same shapes.
+pub fn small_qwen3_with_tensors() -> Writer {
+    let mut tensors = small_llama_tensors();
+    tensors.extend(["q", "k"].map(|x| (format!("blk.0.attn_{x}_norm.weight"), vec![32])));
+    with_tensors(small("qwen3"), tensors)
+}
+
+fn with_tensors(mut writer: Writer, tensors: BTreeMap<String, Vec<usize>>) -> Writer {
+    for (n, (name, shape)) in tensors.into_iter().enumerate() {
         let elements: usize = shape.iter().product();
         let values = (0..elements).flat_map(|i| (n as f32 + (i / 64) as f32).to_le_bytes());
         writer = writer.tensor(&name, &shape, 0, &values.collect::<Vec<u8>>());

@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(stored_row(6 + 3, 6), 6 + 1);
     }
 
-    use crate::gguf::testing::{Writer, small_llama_with_tensors};
+    use crate::gguf::testing::{Writer, small_llama_with_tensors, small_qwen3_with_tensors};
     use crate::tensor_specs;
 
     fn source(writer: &Writer) -> (GgufSource, ModelConfig) {
@@ -179,17 +179,29 @@ mod tests {
         let mut names: Vec<&str> = specs.iter().map(|s| s.name.as_str()).collect();
         names.sort();
         assert_eq!(source.names(), names);
-        let rows = |name: &str| -> Vec<f32> {
-            let spec = specs.iter().find(|s| s.name.ends_with(name)).unwrap();
-            let tensor = source.fetch(spec).unwrap();
-            let first = tensor.data[0].to_f32();
-            tensor.data.chunks(64).map(|row| row[0].to_f32() - first).collect()
-        };
         // Stored row i holds i: a head's 32 rows come back as the even ones, then the odd ones.
         let head = |h: u8| (0..32u8).map(move |r| f32::from(32 * h + 2 * (r % 16) + r / 16));
-        assert_eq!(rows("q_proj.weight"), head(0).chain(head(1)).collect::<Vec<_>>());
-        assert_eq!(rows("k_proj.weight"), head(0).collect::<Vec<_>>());
-        assert_eq!(rows("v_proj.weight"), (0..32u8).map(f32::from).collect::<Vec<_>>());
+        assert_eq!(rows(&source, &config, "q_proj"), head(0).chain(head(1)).collect::<Vec<_>>());
+        assert_eq!(rows(&source, &config, "k_proj"), head(0).collect::<Vec<_>>());
+        assert_eq!(rows(&source, &config, "v_proj"), (0..32u8).map(f32::from).collect::<Vec<_>>());
+    }
+
+    /// The first element of every row of a matrix, less the first one's.
+    fn rows(source: &GgufSource, config: &ModelConfig, name: &str) -> Vec<f32> {
+        let specs = tensor_specs(config);
+        let spec = specs.iter().find(|s| s.name.ends_with(&format!("{name}.weight"))).unwrap();
+        let tensor = source.fetch(spec).unwrap();
+        let first = tensor.data[0].to_f32();
+        tensor.data.chunks(64).map(|row| row[0].to_f32() - first).collect()
+    }
+
+    #[test]
+    fn qwen3_has_head_norms_and_its_rows_as_they_are() {
+        let (source, config) = source(&small_qwen3_with_tensors());
+        assert_eq!(config.architecture, Architecture::Qwen3);
+        tensor_specs(&config).iter().for_each(|spec| source.check(spec).unwrap());
+        assert!(source.names().contains(&"model.layers.0.self_attn.k_norm.weight".to_owned()));
+        assert_eq!(rows(&source, &config, "q_proj"), (0..64u8).map(f32::from).collect::<Vec<_>>());
     }
 
     #[test]
