@@ -5,5 +5,7 @@
 pub mod digest;
 pub mod figures;
 pub mod fixtures;
+pub mod jobs;
+pub mod lab;
 pub mod rig;
 pub mod sim;

@@ -129,16 +129,31 @@ pub fn best_cpu() -> CpuOptions {
     CpuOptions { pin: false, ..CpuOptions::default() }
 }
 
-/// A tiny model's weights from its folder, run as `config` says.
-pub fn tiny(name: &str, config: &ModelConfig, cpu: CpuOptions, sizes: RigSizes) -> Rig<CpuBackend> {
-    let source = SafetensorsSource::open(&fixtures::model_dir(name)).unwrap_or_else(|e| panic!("{e}"));
-    Rig::new(CpuBackend::new(&cpu).expect("an available instruction set"), config, &source, sizes)
+/// A backend; panics where the wanted instruction set is absent.
+pub fn cpu(options: &CpuOptions) -> CpuBackend {
+    CpuBackend::new(options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// SmolLM2 from `BITFAST_TEST_GGUF`.
-pub fn smollm2(cpu: CpuOptions, sizes: RigSizes) -> Rig<CpuBackend> {
+/// A tiny model's weights from its folder.
+pub fn tiny_source(name: &str) -> SafetensorsSource {
+    SafetensorsSource::open(&fixtures::model_dir(name)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// SmolLM2's config and weights.
+pub fn smollm2_source() -> (ModelConfig, GgufSource) {
     let gguf = Gguf::open(&fixtures::smollm2_gguf()).unwrap_or_else(|e| panic!("{e}"));
     let config = ModelConfig::from_gguf(&gguf).unwrap_or_else(|e| panic!("{e}"));
     let source = GgufSource::new(Arc::new(gguf), &config);
-    Rig::new(CpuBackend::new(&cpu).expect("an available instruction set"), &config, &source, sizes)
+    (config, source)
+}
+
+/// A tiny model from its folder, run as `config` says.
+pub fn tiny(name: &str, config: &ModelConfig, options: CpuOptions, sizes: RigSizes) -> Rig<CpuBackend> {
+    Rig::new(cpu(&options), config, &tiny_source(name), sizes)
+}
+
+/// SmolLM2.
+pub fn smollm2(options: CpuOptions, sizes: RigSizes) -> Rig<CpuBackend> {
+    let (config, source) = smollm2_source();
+    Rig::new(cpu(&options), &config, &source, sizes)
 }

@@ -106,7 +106,7 @@ fn probe_ids(row: usize, vocab: usize) -> impl Iterator<Item = usize> {
 }
 
 #[test]
-#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+#[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
 fn smollm2() {
     let golden: SmolGolden = fixtures::json("golden/smollm2.json");
     let tensors = Tensors::open("golden/smollm2.safetensors");
@@ -161,7 +161,7 @@ fn smollm2_llm() -> LLM {
 
 /// The same ids as two tokenizers of the recipe, which share no code with each other, and back to the text.
 #[test]
-#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+#[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
 fn smollm2_token_ids() {
     let llm = smollm2_llm();
     let tokenizer = llm.tokenizer().expect("a GGUF file has one");
@@ -176,7 +176,7 @@ fn smollm2_token_ids() {
 /// What the default model says, greedily, pinned: the same text on every machine of the class. `BITFAST_BLESS=1`
 /// pins it anew.
 #[test]
-#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+#[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
 fn smollm2_greedy_text() {
     let golden: SmolGolden = fixtures::json("golden/smollm2.json");
     let params = SamplingParams { max_tokens: Some(48), ..SamplingParams::greedy() };

@@ -57,7 +57,7 @@ fn one_bit_is_noticed() {
 
 /// Every prompt on the fast paths; scalar code takes the short ones.
 #[test]
-#[ignore = "needs the model file in BITFAST_TEST_GGUF"]
+#[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
 fn smollm2() {
     let golden: SmolGolden = fixtures::json("golden/smollm2.json");
     for isa in paths() {
