@@ -198,18 +198,16 @@ impl<R: Runner> Engine<R> {
             return Step::Idle;
         };
         self.note_scheduled(&batch, start);
-        let before = self.shared.clock.now();
-        let outputs = match self.execute(&batch) {
+        let (outputs, execute) = match self.execute(&batch) {
             Ok(outputs) => outputs,
             Err(error) => {
                 self.die(&error.to_string());
                 return Step::Ended;
             }
         };
-        let after = self.shared.clock.now();
         self.observe(&batch, &outputs);
-        self.take_results(&batch, outputs.samples, after);
-        let record = self.record(&batch, start, after.saturating_sub(before));
+        self.take_results(&batch, outputs.samples, self.shared.clock.now());
+        let record = self.record(&batch, start, execute);
         Step::Ran(record)
     }
 

@@ -48,7 +48,7 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    pub(crate) fn execute(&mut self, batch: &Batch) -> Result<StepOutputs, RunnerError> {
+    pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Duration), RunnerError> {
         let Self { prepared, scheduler, requests, owners, runner, .. } = self;
         prepared.fill(batch, scheduler, |part| {
             let (key, index) = owners[&part.seq];
@@ -76,9 +76,11 @@ impl<R: Runner> Engine<R> {
             .collect();
         let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
         let step = StepInputs { batch: &prepared.inputs, rows: &rows, poison: &self.discarded, readback };
+        let before = self.shared.clock.now();
         let outputs = runner.execute(&step)?;
+        let execute = self.shared.clock.now().saturating_sub(before);
         assert_eq!(outputs.samples.len(), rows.len(), "the runner answered other rows");
-        Ok(outputs)
+        Ok((outputs, execute))
     }
 
     pub(crate) fn observe(&mut self, batch: &Batch, outputs: &StepOutputs) {
