@@ -7,9 +7,7 @@ use anyhow::{Context, Result, bail};
 
 /// Runs all checks, the quick ones first; stops at the first failure.
 pub fn ci(root: &Path) -> Result<()> {
-    crate::tidy_or_fail(root)?;
-    cargo(root, "fmt --all --check")?;
-    cargo(root, "clippy --workspace --all-targets --quiet -- -D warnings")?;
+    lint(root)?;
     if has_nextest() {
         cargo(root, "nextest run --workspace --no-fail-fast")?;
         // nextest runs no documentation tests.
@@ -17,6 +15,13 @@ pub fn ci(root: &Path) -> Result<()> {
     } else {
         cargo(root, "test --workspace --no-fail-fast")
     }
+}
+
+/// What needs no test to run.
+pub fn lint(root: &Path) -> Result<()> {
+    crate::tidy_or_fail(root)?;
+    cargo(root, "fmt --all --check")?;
+    cargo(root, "clippy --workspace --all-targets --quiet -- -D warnings")
 }
 
 fn has_nextest() -> bool {

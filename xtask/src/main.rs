@@ -1,22 +1,35 @@
-//! Project chores: `cargo xtask ci | tidy | models`.
+//! Project chores: `cargo xtask ci | lint | models | tidy`.
 
 mod ci;
 mod models;
 mod tidy;
 
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask COMMAND
-  ci      all checks: tidy, formatting, clippy, tests, documentation tests
+  ci      all checks: lint, tests, documentation tests
+  lint    tidy, formatting, clippy
   tidy    rules of the source tree that the compiler does not check
   models  fetch the models, tokenizers and templates that tests use, into the cache";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace");
     match std::env::args().nth(1).as_deref() {
         Some("ci") => ci::ci(root),
+        Some("lint") => ci::lint(root),
         Some("models") => models::fetch(),
         Some("tidy") => tidy_or_fail(root),
         _ => bail!("{USAGE}"),

@@ -19,6 +19,9 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Complete a prompt, chat, or answer a file of prompts
+    ///
+    /// The text is completed as it stands; --chat applies the model's chat template. Without a prompt: a chat
+    /// on a terminal, else the prompt is read from standard input.
     Run(Box<RunArgs>),
     /// Fetch a model into the cache
     Pull(PullArgs),
@@ -32,8 +35,14 @@ pub enum Command {
 #[derive(Subcommand, Debug)]
 pub enum BenchCommand {
     /// Time one batch: prefill and decode speed, and the latency of the whole
+    ///
+    /// Prompts are random token ids, distinct in every request and repetition; the prefix cache is off. Prefill
+    /// and decode speed come from the engine's step records: prefill over the steps that read prompts, decode
+    /// over the steps that only generate.
     Latency(Box<LatencyArgs>),
-    /// Many requests at once: tokens and requests a second
+    /// Send many requests at once: tokens and requests a second
+    ///
+    /// Prompts are random token ids, all distinct; the prefix cache is off; one request warms up.
     Throughput(Box<ThroughputArgs>),
 }
 
@@ -69,14 +78,12 @@ const RUN_EXAMPLES: &str = r#"Examples:
   bitfast run --json --logprobs 3 "2 + 2 ="
   bitfast run --prompts questions.jsonl --output answers.jsonl
 
-A line of the prompts file is a JSON object: one of "prompt" (text), "prompt_token_ids" or "messages",
-optionally "id" and any sampling parameter ("temperature", "max_tokens", "stop", ...). A line of the output is
-what --json prints. Run the same command again after an interruption: what is answered is not asked again."#;
+A line of the prompts file is a JSON object: one of "prompt" (text), "prompt_token_ids" or
+"messages", optionally "id" and any sampling parameter ("temperature", "max_tokens", "stop", ...).
+A line of the output is what --json prints. Run the same command again after an interruption: what
+is answered is not asked again."#;
 
-/// Complete a prompt, chat, or answer a file of prompts.
-///
-/// The text is completed as it stands; --chat applies the model's chat template. With no prompt: a chat on a
-/// terminal, else the prompt is read from standard input.
+/// Flags of `bitfast run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
     /// Text to complete, or with --chat a question to answer
@@ -334,11 +341,7 @@ pub struct ReportFlags {
     pub seed: u64,
 }
 
-/// Time one batch of requests that start together.
-///
-/// Prompts are random token ids, distinct in every request and repetition; the prefix cache is off. Prefill and
-/// decode speed come from the engine's step records: prefill over the steps that read prompts, decode over the
-/// steps that only generate.
+/// Flags of `bitfast bench latency`.
 #[derive(Args, Debug)]
 pub struct LatencyArgs {
     /// Tokens of each prompt
@@ -362,7 +365,7 @@ pub struct LatencyArgs {
     pub engine: EngineFlags,
 }
 
-/// Send many requests at once and measure the whole.
+/// Flags of `bitfast bench throughput`.
 #[derive(Args, Debug)]
 pub struct ThroughputArgs {
     /// Tokens of each prompt

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
 use bitfast_engine::{Engine, EngineConfig, EngineHandle, ModelRunner, Policy, SystemClock};
-use bitfast_model::{LoadOptions, ModelConfig};
-use bitfast_ops::{Backend, KvLayout, LayerKv};
+use bitfast_model::LoadOptions;
+use bitfast_ops::Backend;
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ fn on_backend<B: Backend>(
     eos: Vec<u32>,
 ) -> Result<EngineHandle> {
     let block_size = block_size(args, backend.block_sizes())?;
-    let layout = kv_layout(&opened.config, block_size);
+    let layout = bitfast_model::kv_layout(&opened.config, backend.rank().1, block_size);
     let weights = 2 * opened.config.num_parameters() as u64;
     let free = backend.free_bytes().saturating_sub(weights);
     let block_bytes = backend.kv_block_bytes(&layout).max(1);
@@ -107,12 +107,6 @@ fn block_size(args: &EngineArgs, offered: &[usize]) -> Result<usize> {
         return Err(Error::invalid("block_size", format!("{size} is none of {offered:?}")));
     }
     Ok(size)
-}
-
-/// What the model will cache, before it is loaded.
-fn kv_layout(config: &ModelConfig, block_size: usize) -> KvLayout {
-    let layer = LayerKv::Gqa { kv_heads: config.num_kv_heads, head_dim: config.head_dim };
-    KvLayout { layers: vec![layer; config.num_layers], block_size }
 }
 
 #[derive(Debug, PartialEq, Eq)]

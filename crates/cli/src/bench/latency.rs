@@ -59,14 +59,13 @@ pub fn latency(args: &LatencyArgs) -> Outcome {
         row("latency", &latency, 3, "s"),
         row("prefill", &prefill, 1, "tokens/s"),
     );
-    for line in [
+    let lines = [
         decode.as_ref().map(|d| row("decode", d, 1, "tokens/s")),
         step.as_ref().map(|s| row("decode step", s, 3, "ms")),
-    ] {
-        if let Some(line) = line {
-            table.push('\n');
-            table.push_str(&line);
-        }
+    ];
+    for line in lines.into_iter().flatten() {
+        table.push('\n');
+        table.push_str(&line);
     }
     let json = json!({
         "benchmark": "latency",
