@@ -215,9 +215,8 @@ impl<R: Runner> Engine<R> {
     pub fn check(&self) {
         self.scheduler.check();
         for (key, live) in &self.requests {
-            let count = |f: fn(&Place) -> bool| live.samples.iter().filter(|s| f(&s.place)).count();
-            assert_eq!(live.running, count(|p| matches!(p, Place::Running(_))), "running of {key}");
-            assert_eq!(live.unfinished, count(|p| *p != Place::Ended), "unfinished of {key}");
+            let unfinished = live.samples.iter().filter(|s| s.place != Place::Ended).count();
+            assert_eq!(live.unfinished, unfinished, "unfinished samples of request {key}");
             assert!(live.unfinished > 0, "request {key} outlived its samples");
         }
         for (seq, (key, index)) in &self.owners {
@@ -319,7 +318,8 @@ impl<R: Runner> Engine<R> {
         self.end(key, Some(message));
     }
 
-    /// Takes a request with no samples left out of service. Its id is free again before the last event.
+    /// Takes a request with no samples left out of service. Before its last event its id is free again, and the
+    /// figures include it.
     pub(crate) fn end(&mut self, key: RequestKey, failure: Option<String>) {
         let live = self.requests.remove(&key).expect("the request lives");
         {
@@ -327,12 +327,13 @@ impl<R: Runner> Engine<R> {
             inbox.live.remove(&live.id);
             inbox.queued -= usize::from(!live.started);
         }
+        self.publish_stats();
         live.end(self.shared.clock.now(), failure);
     }
 
     pub(crate) fn publish_stats(&mut self) {
         let scheduler = self.scheduler.stats();
-        self.stats.running = self.requests.values().filter(|live| live.running > 0).count();
+        self.stats.running = scheduler.running_requests;
         self.stats.waiting = self.requests.len() - self.stats.running;
         self.stats.kv_blocks_used = scheduler.blocks_used;
         self.stats.prefix_queries = scheduler.prefix_queries;

@@ -19,8 +19,6 @@ pub(crate) struct Live {
     /// Scores of prompt positions 1.. so far, when asked for and not yet reported.
     pub(crate) prompt_scores: Option<Vec<TokenLogprobs>>,
     pub(crate) started: bool,
-    /// Samples holding blocks.
-    pub(crate) running: usize,
     pub(crate) unfinished: usize,
     pub(crate) metrics: RequestMetrics,
     at: Duration,
@@ -72,7 +70,6 @@ impl Live {
             bias: sampling.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
             prompt_scores: sampling.prompt_logprobs.map(|_| Vec::new()),
             started: false,
-            running: 0,
             unfinished: sampling.n as usize,
             metrics: RequestMetrics::default(),
             at,
@@ -164,12 +161,10 @@ impl Live {
         });
     }
 
-    /// Moves sample `index`, keeping the counts.
+    /// Moves sample `index`, keeping the count.
     pub(crate) fn move_to(&mut self, index: u32, place: Place) {
         let before = std::mem::replace(&mut self.samples[index as usize].place, place);
         assert_ne!(before, Place::Ended, "sample {index} of {:?} moved after its end", self.id);
-        self.running -= usize::from(matches!(before, Place::Running(_)));
-        self.running += usize::from(matches!(place, Place::Running(_)));
         self.unfinished -= usize::from(place == Place::Ended);
     }
 

@@ -10,7 +10,7 @@ use crate::config::EngineInfo;
 use crate::request::{EngineRequest, Event};
 use crate::stats::{EngineStats, StepRing};
 
-/// Where a request's events go. Called on the engine thread: it must not block.
+/// Where a request's events go. Called on the engine thread: it must not block, and a panic in it ends the engine.
 pub type EventSink = Box<dyn FnMut(Event) + Send>;
 
 /// Names a submission for the engine's lifetime, unlike a request id, which may come again.

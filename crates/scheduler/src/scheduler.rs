@@ -47,6 +47,8 @@ struct Counters {
 pub struct SchedulerStats {
     /// Sequences holding blocks.
     pub running: usize,
+    /// Requests that these are samples of.
+    pub running_requests: usize,
     /// Sequences in line.
     pub waiting: usize,
     /// Blocks held by sequences.
@@ -198,6 +200,8 @@ impl Scheduler {
     pub fn stats(&self) -> SchedulerStats {
         SchedulerStats {
             running: self.running.len(),
+            // Samples of a request share its place in line.
+            running_requests: self.running.chunk_by(|a, b| a.0.ticket == b.0.ticket).count(),
             waiting: self.waiting.len(),
             blocks_used: self.pool.used(),
             blocks_cached: self.pool.cached(),
