@@ -178,10 +178,10 @@ fn main() {
     println!("{}; built in {:.2} s", b.device(), start.elapsed().as_secs_f64());
     bandwidth(&mut b, &model);
     for (name, seqs, context, rows, repeats) in [
-        ("prefill 512", 1, 0, 512, 5),
-        ("decode 1 @ 64", 1, 64, 1, 40),
+        ("prefill 512", 1, 0, 512, 15),
+        ("decode 1 @ 64", 1, 64, 1, 100),
         ("decode 1 @ 1024", 1, 1023, 1, 40),
-        ("decode 8 @ 256", 8, 255, 1, 20),
+        ("decode 8 @ 256", 8, 255, 1, 60),
         ("decode 64 @ 64", 64, 63, 1, 5),
     ] {
         let batch = batch(seqs, context, rows);

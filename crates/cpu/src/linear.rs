@@ -6,7 +6,7 @@ use bitfast_ops::contract::Join;
 use bitfast_ops::{Result, bf16, exact};
 
 use crate::Isa;
-use crate::micro::{self, AForm, B_TILE, CHUNK, Path, PathSession, TILE_N, Tile};
+use crate::micro::{self, AForm, B_TILE, CHUNK, Init, Path, PathSession, TILE_N, Tile};
 use crate::pool::share;
 use crate::simd::per_isa;
 use crate::tensor::{Tensor, TensorMut};
@@ -15,6 +15,9 @@ use crate::workers::Workers;
 
 /// Outputs per panel: the row length of a block of C.
 const PANEL_N: usize = PANEL * TILE_N;
+
+/// How far ahead a product of few rows fetches its weights, in bytes: two chunks of a panel.
+const STREAM_AHEAD: usize = 2 * PANEL * B_TILE;
 
 /// What becomes of the sums.
 #[derive(Clone, Copy)]
@@ -127,17 +130,28 @@ impl Job<'_> {
         let Leaves { count, join } = self.leaves;
         for first in (0..self.blocks.rows).step_by(self.blocks.size) {
             let rows = self.blocks.size.min(self.blocks.rows - first);
+            self.fetch_next_panel(tiles.end, first);
             let leaf_len = self.blocks.capacity * PANEL_N;
             // SAFETY: this thread's scratch; `linear` reserved this much.
             let c = unsafe { std::slice::from_raw_parts_mut(c, count * leaf_len) };
             for (leaf, c) in c.chunks_exact_mut(leaf_len).enumerate() {
                 let chunks = share(self.w.chunks(), count, leaf);
-                c[..rows * PANEL_N].fill(0.0);
                 self.product(first, rows, tiles.clone(), chunks, c.as_mut_ptr());
             }
             join_leaves(isa, c, join, count, leaf_len, rows * PANEL_N);
             finish(isa, &c[..rows * PANEL_N], self.out, first, tiles.clone());
         }
+    }
+
+    /// While the blocks of a large batch go by, a share of the next panel's weights comes from memory with each.
+    fn fetch_next_panel(&self, tile: usize, first_row: usize) {
+        let blocks = self.blocks.rows.div_ceil(self.blocks.size);
+        if blocks == 1 || tile >= self.w.tiles() {
+            return;
+        }
+        let (start, chunk_bytes) = self.w.tile(tile, 0);
+        let lines = share(self.w.chunks() * chunk_bytes / 64, blocks, first_row / self.blocks.size);
+        lines.for_each(|line| micro::fetch(start.wrapping_add(line * 64)));
     }
 
     fn product(&self, first_row: usize, rows: usize, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) {
@@ -158,6 +172,8 @@ impl Job<'_> {
                     b_chunk,
                     c,
                     c_stride: PANEL_N * 4,
+                    init: Init::Zero,
+                    prefetch: STREAM_AHEAD,
                 },
             );
         }
@@ -222,24 +238,39 @@ per_isa! {
         };
         for (i, sums) in c.chunks_exact(PANEL_N).enumerate() {
             let row = first_row + i;
+            // Whole blocks of a known size: the loops become a few vectors.
+            let sums: &[f32; PANEL_N] = sums.try_into().expect("rows of a panel");
             match out {
                 Output::Bf16(out) => {
+                    let mut rounded = [bf16::ZERO; PANEL_N];
+                    exact::narrow(sums, &mut rounded);
                     // SAFETY: these columns of the row belong to `tiles`, which this thread alone has.
-                    exact::narrow(&sums[..len], unsafe { out.bf16_part(row, col, len) });
+                    copy_to(unsafe { out.bf16_part(row, col, len) }, &rounded);
                 }
                 Output::F32(out) => {
                     // SAFETY: as above.
-                    unsafe { out.f32_part(row, col, len) }.copy_from_slice(&sums[..len]);
+                    copy_to(unsafe { out.f32_part(row, col, len) }, sums);
                 }
                 Output::SiluMul(out) => {
                     let mut both = [bf16::ZERO; PANEL_N];
                     exact::narrow(sums, &mut both);
                     let (g, u) = both.split_at(TILE_N);
+                    let mut product = [bf16::ZERO; TILE_N];
+                    exact::silu_mul(g, u, &mut product);
                     // SAFETY: as above.
-                    exact::silu_mul(&g[..len], &u[..len], unsafe { out.bf16_part(row, col, len) });
+                    copy_to(unsafe { out.bf16_part(row, col, len) }, &product);
                 }
             }
         }
+    }
+}
+
+/// The first elements of `block`; nearly always all of them.
+#[inline(always)]
+fn copy_to<T: Copy, const N: usize>(out: &mut [T], block: &[T; N]) {
+    match <&mut [T; N]>::try_from(&mut *out) {
+        Ok(out) => *out = *block,
+        Err(_) => out.copy_from_slice(&block[..out.len()]),
     }
 }
 

@@ -49,7 +49,12 @@ per_isa! {
         if let Some((w, eps)) = norm {
             exact::rms_norm_in_place(head, w, eps);
         }
-        exact::rope(head, cos, sin);
+        // The common sizes as constants: the loop becomes a few vectors.
+        match cos.len() {
+            32 if head.len() >= 64 => exact::rope(&mut head[..64], &cos[..32], &sin[..32]),
+            64 if head.len() >= 128 => exact::rope(&mut head[..128], &cos[..64], &sin[..64]),
+            _ => exact::rope(head, cos, sin),
+        }
     }
 
     /// One sampling request; overwrites its logits.

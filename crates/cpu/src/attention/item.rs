@@ -6,8 +6,8 @@ use bitfast_ops::{AttnDesc, SeqInput, bf16};
 use super::Item;
 use super::softmax::{Folded, RowState, S_STRIDE, softmax_tile};
 use crate::Isa;
-use crate::kv::{HeadShape, Kv, V_CHUNK};
-use crate::micro::{self, AForm, CHUNK, Path, ROW_ALIGN, TILE_N, Tile};
+use crate::kv::{HeadBlock, HeadShape, Kv, V_CHUNK};
+use crate::micro::{self, AForm, CHUNK, Init, Path, ROW_ALIGN, TILE_N, Tile};
 use crate::tensor::Tensor;
 
 /// Where an item's operands lie in a thread's scratch.
@@ -155,78 +155,65 @@ impl<'a> ItemRun<'a> {
     fn tile(&self, tile: usize, first: usize, state: &mut [RowState], o: &mut [f32]) {
         let Parts { q_stride, p_stride, o_len, .. } = self.parts;
         let rows = state.len() - first;
-        let last = state[state.len() - 1].position;
-        let block_size = self.shape.block_size;
-        let block = |key: usize| {
-            self.kv.head(self.desc.layer, self.seq.block_table[key / block_size] as usize, self.item.head)
-        };
-        // SAFETY: S and P are parts of this thread's scratch with room for the padded rows.
-        let (s, p) =
-            unsafe { (self.scratch.add(self.parts.s).cast::<f32>(), self.scratch.add(self.parts.p)) };
+        let end = (tile + ATTN_TILE_KEYS).min(state[state.len() - 1].position + 1);
         let group_keys = self.shape.group_tiles() * TILE_N;
-        for key in (tile..(tile + ATTN_TILE_KEYS).min(last + 1)).step_by(group_keys) {
-            let (b, b_chunk) = block(key).keys(key % block_size);
-            // SAFETY: as above; the block belongs to the sequence, and nothing writes to the cache meanwhile.
-            unsafe {
-                let c = s.add(first * S_STRIDE + key - tile);
-                zero_block(c, rows, group_keys);
-                let (a, chunks) = (self.scratch.add(first * q_stride), self.shape.k_chunks());
-                let tiles = self.shape.group_tiles();
-                let t = Tile {
-                    rows,
-                    tiles,
-                    chunks,
-                    a,
-                    a_stride: q_stride,
-                    b,
-                    b_chunk,
-                    c,
-                    c_stride: S_STRIDE * 4,
-                };
-                micro::product(self.path, t);
-            }
+        // S and P are parts of this thread's scratch with room for the padded rows.
+        let s = self.scratch.wrapping_add(self.parts.s).cast::<f32>().wrapping_add(first * S_STRIDE);
+        let p = self.scratch.wrapping_add(self.parts.p + first * p_stride);
+        for key in (tile..end).step_by(group_keys) {
+            let (b, b_chunk) = self.block(key).keys(key % self.shape.block_size);
+            let next = self.block(self.ahead(key)).keys(self.ahead(key) % self.shape.block_size).0;
+            let t = Tile {
+                rows,
+                tiles: self.shape.group_tiles(),
+                chunks: self.shape.k_chunks(),
+                a: self.scratch.wrapping_add(first * q_stride),
+                a_stride: q_stride,
+                b,
+                b_chunk,
+                c: s.wrapping_add(key - tile),
+                c_stride: S_STRIDE * 4,
+                init: Init::Zero,
+                prefetch: (next as usize).wrapping_sub(b as usize),
+            };
+            // SAFETY: as above; the block is the sequence's, and nothing writes to the cache meanwhile.
+            unsafe { micro::product(self.path, t) };
         }
         let form = self.path.a_form();
         let o = &mut o[first * o_len..];
-        softmax_tile(
-            self.isa,
-            &mut state[first..],
-            s.wrapping_add(first * S_STRIDE),
-            self.desc.scale_log2,
-            tile,
-            o,
-            o_len,
-            form,
-            p.wrapping_add(first * p_stride),
-            p_stride,
-        );
-        for key in (tile..(tile + ATTN_TILE_KEYS).min(last + 1)).step_by(V_CHUNK) {
+        let state = &mut state[first..];
+        softmax_tile(self.isa, state, s, self.desc.scale_log2, tile, o, o_len, form, p, p_stride);
+        for key in (tile..end).step_by(V_CHUNK) {
+            let b = self.block(key).values(key % self.shape.block_size);
+            let next = self.block(self.ahead(key)).values(self.ahead(key) % self.shape.block_size);
             let element = if form == AForm::Bf16 { 2 } else { 4 };
+            let t = Tile {
+                rows,
+                tiles: self.shape.v_tiles(),
+                chunks: 1,
+                a: p.wrapping_add((key - tile) * element),
+                a_stride: p_stride,
+                b,
+                b_chunk: 0,
+                c: o.as_mut_ptr(),
+                c_stride: o_len * 4,
+                init: Init::Load,
+                prefetch: (next as usize).wrapping_sub(b as usize),
+            };
             // SAFETY: as above; O has room for the padded rows behind `first`.
-            unsafe {
-                let a = p.add(first * p_stride + (key - tile) * element);
-                let t = Tile {
-                    rows,
-                    tiles: self.shape.v_tiles(),
-                    chunks: 1,
-                    a,
-                    a_stride: p_stride,
-                    b: block(key).values(key % block_size),
-                    b_chunk: 0,
-                    c: o.as_mut_ptr(),
-                    c_stride: o_len * 4,
-                };
-                micro::product(self.path, t);
-            }
+            unsafe { micro::product(self.path, t) };
         }
     }
-}
 
-/// # Safety
-/// `c` has `rows` rows of [`S_STRIDE`] floats.
-unsafe fn zero_block(c: *mut f32, rows: usize, cols: usize) {
-    for row in 0..rows {
-        // SAFETY: the caller's promise; `cols <= 64`.
-        unsafe { c.add(row * S_STRIDE).write_bytes(0, cols) };
+    /// The head's part of the block that holds `key`.
+    fn block(&self, key: usize) -> HeadBlock {
+        let block = self.seq.block_table[key / self.shape.block_size] as usize;
+        self.kv.head(self.desc.layer, block, self.item.head)
+    }
+
+    /// The key whose block is worth fetching while the one of `key` is in use.
+    fn ahead(&self, key: usize) -> usize {
+        let next = key + ATTN_TILE_KEYS;
+        if next < self.position(self.rows() - 1) { next } else { key }
     }
 }

@@ -97,7 +97,13 @@ per_isa! {
     /// out = bf16(O * (1 / l) + 0).
     pub(super) fn normalise(total: &[f32], sum: f32, out: &mut [bf16]) {
         let inverse = 1.0 / sum;
-        for (out, o) in out.iter_mut().zip(total) {
+        let (blocks, rest) = out.as_chunks_mut::<16>();
+        let (sums, last) = total.as_chunks::<16>();
+        for (out, o) in blocks.iter_mut().zip(sums) {
+            exact::narrow(&o.map(|o| o * inverse + 0.0), out);
+        }
+        let last = sums.get(blocks.len()).map_or(last, |s| s);
+        for (out, o) in rest.iter_mut().zip(last) {
             *out = exact::f32_to_bf16(o * inverse + 0.0);
         }
     }

@@ -5,10 +5,10 @@ use std::arch::x86_64::__cpuid_count;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-use super::{B_TILE, Tile};
+use super::{Init, Tile};
 
 /// Fewer rows go to the AVX-512 kernels, which do not pay for the empty rows of a tile.
-pub(crate) const MIN_ROWS: usize = 2;
+pub(crate) const MIN_ROWS: usize = 1;
 
 /// Whether the processor has AMX-TILE and AMX-BF16 and the kernel lets this process use tile data.
 pub(crate) fn available() -> bool {
@@ -86,36 +86,39 @@ pub(super) unsafe fn product(t: Tile) {
         let mut tile = 0;
         while tile < t.tiles {
             let left = t.tiles - tile;
-            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, left) {
-                (32, 2..) => (2, k2x2),
-                (32, _) => (1, k2x1),
-                (_, 4..) => (4, k1x4),
-                (_, 2..) => (2, k1x2),
-                _ => (1, k1x1),
+            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, left, t.init) {
+                (32, 2.., Init::Load) => (2, k2x2),
+                (32, 2.., Init::Zero) => (2, k2x2_zero),
+                (32, _, Init::Load) => (1, k2x1),
+                (32, _, Init::Zero) => (1, k2x1_zero),
+                (_, 4.., Init::Load) => (4, k1x4),
+                (_, 4.., Init::Zero) => (4, k1x4_zero),
+                (_, 2.., Init::Load) => (2, k1x2),
+                (_, 2.., Init::Zero) => (2, k1x2_zero),
+                (_, _, Init::Load) => (1, k1x1),
+                (_, _, Init::Zero) => (1, k1x1_zero),
             };
             // SAFETY: a sub-block of the block that the caller vouches for.
-            unsafe {
-                kernel(&Tile {
-                    a: t.a.add(row * t.a_stride),
-                    b: t.b.add(tile * B_TILE),
-                    c: t.c.byte_add(row * t.c_stride).add(tile * 16),
-                    ..t
-                });
-            }
+            unsafe { kernel(&t.part(row, rows, tile, tiles)) };
             tile += tiles;
         }
         row += rows;
     }
 }
 
-/// One kernel: loads its C tiles, walks the chunks, stores them.
+/// Two kernels: one loads its C tiles, the other clears them; both walk the chunks and store C.
 macro_rules! kernel {
-    ($name:ident: load [$($load:literal),+], step [$($step:literal),+], store [$($store:literal),+]) => {
+    ($name:ident, $zero:ident: load [$($load:literal),+], clear [$($clear:literal),+], step [$($step:expr),+],
+     store [$($store:literal),+]) => {
+        kernel!(@one $name: [$($load),+], [$($step),+], [$($store),+]);
+        kernel!(@one $zero: [$($clear),+], [$($step),+], [$($store),+]);
+    };
+    (@one $name:ident: [$($init:literal),+], [$($step:expr),+], [$($store:literal),+]) => {
         unsafe fn $name(t: &Tile) {
             // SAFETY: the caller vouches for every address of the block and holds a `Session`.
             unsafe {
                 asm!(
-                    $($load,)+
+                    $($init,)+
                     "2:",
                     $($step,)+
                     "add {a}, 64",
@@ -124,13 +127,14 @@ macro_rules! kernel {
                     "dec {chunks}",
                     "jnz 2b",
                     $($store,)+
-                    "# unused in small blocks: {c1}",
+                    "# not used by all kernels: {c1} {ahead}",
                     a = inout(reg) t.a => _,
                     a1 = inout(reg) t.a.wrapping_add(16 * t.a_stride) => _,
                     a_stride = in(reg) t.a_stride,
                     b = inout(reg) t.b => _,
                     b_row = in(reg) 64usize,
                     b_chunk = in(reg) t.b_chunk,
+                    ahead = in(reg) t.prefetch,
                     c = in(reg) t.c,
                     c1 = in(reg) t.c.wrapping_byte_add(16 * t.c_stride),
                     c_stride = in(reg) t.c_stride,
@@ -144,9 +148,23 @@ macro_rules! kernel {
     };
 }
 
-kernel!(k2x2:
+/// Asks for the 16 lines of the B tile that lies `ahead` of tile `$tile`.
+macro_rules! prefetch_tile {
+    ($tile:literal) => {
+        concat!(
+            ".irp line, 0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960\n",
+            "prefetcht0 byte ptr [{b} + {ahead} + 1024 * ",
+            $tile,
+            " + \\line]\n",
+            ".endr"
+        )
+    };
+}
+
+kernel!(k2x2, k2x2_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
           "tileloadd tmm2, [{c1} + {c_stride}]", "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
+    clear ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
     step ["tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_stride}]",
           "tdpbf16ps tmm0, tmm4, tmm6",
           "tileloadd tmm7, [{b} + {b_row} + 1024]",
@@ -155,29 +173,34 @@ kernel!(k2x2:
           "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
            "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3"]);
-kernel!(k2x1:
+kernel!(k2x1, k2x1_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm2, [{c1} + {c_stride}]"],
+    clear ["tilezero tmm0", "tilezero tmm2"],
     step ["tileloadd tmm6, [{b} + {b_row}]",
           "tileloadd tmm4, [{a} + {a_stride}]", "tdpbf16ps tmm0, tmm4, tmm6",
           "tileloadd tmm5, [{a1} + {a_stride}]", "tdpbf16ps tmm2, tmm5, tmm6"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c1} + {c_stride}], tmm2"]);
-kernel!(k1x4:
+kernel!(k1x4, k1x4_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
           "tileloadd tmm2, [{c} + {c_stride} + 128]", "tileloadd tmm3, [{c} + {c_stride} + 192]"],
-    step ["tileloadd tmm4, [{a} + {a_stride}]",
+    clear ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+    step [prefetch_tile!(0), prefetch_tile!(1), prefetch_tile!(2), prefetch_tile!(3),
+          "tileloadd tmm4, [{a} + {a_stride}]",
           "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
           "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6",
           "tileloadd tmm7, [{b} + {b_row} + 2048]", "tdpbf16ps tmm2, tmm4, tmm7",
           "tileloadd tmm5, [{b} + {b_row} + 3072]", "tdpbf16ps tmm3, tmm4, tmm5"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
            "tilestored [{c} + {c_stride} + 128], tmm2", "tilestored [{c} + {c_stride} + 192], tmm3"]);
-kernel!(k1x2:
+kernel!(k1x2, k1x2_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]"],
-    step ["tileloadd tmm4, [{a} + {a_stride}]",
+    clear ["tilezero tmm0", "tilezero tmm1"],
+    step [prefetch_tile!(0), prefetch_tile!(1), "tileloadd tmm4, [{a} + {a_stride}]",
           "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
           "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1"]);
-kernel!(k1x1:
+kernel!(k1x1, k1x1_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]"],
+    clear ["tilezero tmm0"],
     step ["tileloadd tmm4, [{a} + {a_stride}]", "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5"],
     store ["tilestored [{c} + {c_stride}], tmm0"]);

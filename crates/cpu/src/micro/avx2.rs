@@ -24,12 +24,9 @@ pub(super) unsafe fn product(t: Tile) {
             };
             // SAFETY: a sub-block of the block that the caller vouches for.
             unsafe {
-                kernel(&Tile {
-                    a: t.a.add(row * t.a_stride),
-                    b: t.b.add(tile * B_TILE),
-                    c: t.c.byte_add(row * t.c_stride).add(tile * 16),
-                    ..t
-                });
+                let part = t.part(row, rows, tile, tiles);
+                part.prepare_c();
+                kernel(&part);
             }
             tile += tiles;
         }

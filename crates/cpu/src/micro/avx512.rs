@@ -25,12 +25,9 @@ pub(super) unsafe fn product(t: Tile) {
             let (tiles, kernel) = kernel_for(rows, t.tiles - tile);
             // SAFETY: a sub-block of the block that the caller vouches for.
             unsafe {
-                kernel(&Tile {
-                    a: t.a.add(row * t.a_stride),
-                    b: t.b.add(tile * B_TILE),
-                    c: t.c.byte_add(row * t.c_stride).add(tile * 16),
-                    ..t
-                });
+                let part = t.part(row, rows, tile, tiles);
+                part.prepare_c();
+                kernel(&part);
             }
             tile += tiles;
         }
@@ -66,21 +63,22 @@ fn kernel_for(rows: usize, left: usize) -> (usize, Kernel) {
 /// One kernel. Chains: zmm0.. as listed, a pair (even, odd) for each row and tile; zmm24/25 the widened
 /// weights of a tile, zmm28 the mask of the odd halves.
 macro_rules! kernel {
-    ($name:ident: tiles $tiles:tt, rows $( { [$a:tt] $($e:tt $o:tt),+ } )+) => {
+    ($name:ident: $fetch:ident tiles $tiles:tt, rows $( { [$a:tt] $($e:tt $o:tt),+ } )+) => {
         unsafe fn $name(t: &Tile) {
-            let mut saved = 0u32;
-            let flush = MXCSR_FLUSH;
+            // The caller's MXCSR and ours.
+            let mut mxcsr = [0, MXCSR_FLUSH];
             // SAFETY: the caller vouches for every address of the block; MXCSR is restored at the end.
             unsafe {
                 asm!(
-                    "stmxcsr dword ptr [{saved}]",
-                    "ldmxcsr dword ptr [{flush}]",
+                    "stmxcsr dword ptr [{mxcsr}]",
+                    "ldmxcsr dword ptr [{mxcsr} + 4]",
                     "vpternlogd zmm28, zmm28, zmm28, 255",
                     "vpslld zmm28, zmm28, 16",
                     "2:",
                     $( $( kernel!(@zero $e $o), )+ )+
                     "mov {pairs:e}, 16",
                     "3:",
+                    kernel!(@$fetch $tiles),
                     kernel!(@pair $tiles $( { [$a] $($e $o),+ } )+),
                     "add {a}, 8",
                     "add {b}, 64",
@@ -91,10 +89,9 @@ macro_rules! kernel {
                     "add {b}, {b_next}",
                     "dec {chunks}",
                     "jnz 2b",
-                    "# unused in small blocks: {s1} {s3} {s5}",
-                    "ldmxcsr dword ptr [{saved}]",
-                    saved = in(reg) &mut saved,
-                    flush = in(reg) &flush,
+                    "# unused in small blocks: {s1} {s3} {s5} {ahead}",
+                    "ldmxcsr dword ptr [{mxcsr}]",
+                    mxcsr = in(reg) &mut mxcsr,
                     a = inout(reg) t.a => _,
                     s1 = in(reg) t.a_stride,
                     s3 = in(reg) 3 * t.a_stride,
@@ -104,6 +101,7 @@ macro_rules! kernel {
                     c = in(reg) t.c,
                     c_stride = in(reg) t.c_stride,
                     chunks = inout(reg) t.chunks => _,
+                    ahead = in(reg) t.prefetch,
                     pairs = out(reg) _,
                     out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _, out("zmm5") _,
                     out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _, out("zmm10") _, out("zmm11") _,
@@ -116,6 +114,9 @@ macro_rules! kernel {
             }
         }
     };
+    // Few rows: B is streamed from memory, a line a tile and pair.
+    (@stream [$($j:tt),+]) => { concat!($( "prefetcht0 byte ptr [{b} + {ahead} + 1024 * ", $j, "]\n", )+) };
+    (@reuse $tiles:tt) => { "" };
     (@zero $e:tt $o:tt) => {
         concat!("vpxord zmm", $e, ", zmm", $e, ", zmm", $e, "\nvpxord zmm", $o, ", zmm", $o, ", zmm", $o)
     };
@@ -173,35 +174,35 @@ macro_rules! kernel {
     };
 }
 
-kernel!(k1x1: tiles [0], rows {["{a}"] 0 1});
-kernel!(k2x1: tiles [0], rows {["{a}"] 0 1} {["{a} + {s1}"] 2 3});
-kernel!(k3x1: tiles [0], rows {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5});
-kernel!(k4x1: tiles [0], rows
+kernel!(k1x1: stream tiles [0], rows {["{a}"] 0 1});
+kernel!(k2x1: stream tiles [0], rows {["{a}"] 0 1} {["{a} + {s1}"] 2 3});
+kernel!(k3x1: stream tiles [0], rows {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5});
+kernel!(k4x1: reuse tiles [0], rows
     {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7});
-kernel!(k5x1: tiles [0], rows
+kernel!(k5x1: reuse tiles [0], rows
     {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7}
     {["{a} + 4 * {s1}"] 8 9});
-kernel!(k6x1: tiles [0], rows
+kernel!(k6x1: reuse tiles [0], rows
     {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7}
     {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11});
 
-kernel!(k1x2: tiles [0, 1], rows {["{a}"] 0 1, 2 3});
-kernel!(k2x2: tiles [0, 1], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
-kernel!(k3x2: tiles [0, 1], rows
+kernel!(k1x2: stream tiles [0, 1], rows {["{a}"] 0 1, 2 3});
+kernel!(k2x2: stream tiles [0, 1], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
+kernel!(k3x2: stream tiles [0, 1], rows
     {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11});
-kernel!(k4x2: tiles [0, 1], rows
+kernel!(k4x2: reuse tiles [0, 1], rows
     {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11}
     {["{a} + {s3}"] 12 13, 14 15});
-kernel!(k5x2: tiles [0, 1], rows
+kernel!(k5x2: reuse tiles [0, 1], rows
     {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11}
     {["{a} + {s3}"] 12 13, 14 15} {["{a} + 4 * {s1}"] 16 17, 18 19});
-kernel!(k6x2: tiles [0, 1], rows
+kernel!(k6x2: reuse tiles [0, 1], rows
     {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11}
     {["{a} + {s3}"] 12 13, 14 15} {["{a} + 4 * {s1}"] 16 17, 18 19} {["{a} + {s5}"] 20 21, 22 23});
 
-kernel!(k1x4: tiles [0, 1, 2, 3], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
-kernel!(k2x4: tiles [0, 1, 2, 3], rows
+kernel!(k1x4: stream tiles [0, 1, 2, 3], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
+kernel!(k2x4: stream tiles [0, 1, 2, 3], rows
     {["{a}"] 0 1, 2 3, 4 5, 6 7} {["{a} + {s1}"] 8 9, 10 11, 12 13, 14 15});
-kernel!(k3x4: tiles [0, 1, 2, 3], rows
+kernel!(k3x4: stream tiles [0, 1, 2, 3], rows
     {["{a}"] 0 1, 2 3, 4 5, 6 7} {["{a} + {s1}"] 8 9, 10 11, 12 13, 14 15}
     {["{a} + 2 * {s1}"] 16 17, 18 19, 20 21, 22 23});

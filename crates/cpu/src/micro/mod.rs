@@ -91,12 +91,62 @@ pub(crate) struct Tile {
     pub a_stride: usize,
     /// First B tile; tiles of one chunk lie side by side, [`B_TILE`] bytes apart.
     pub b: *const u8,
-    /// Bytes from a chunk of B to the next.
+    /// Bytes from a chunk of B to the next; may wrap around.
     pub b_chunk: usize,
     /// First element of C.
     pub c: *mut f32,
     /// Bytes from a row of C to the next.
     pub c_stride: usize,
+    /// What C holds before.
+    pub init: Init,
+    /// Bytes ahead of B that are worth fetching into the cache, for one-block products that stream B.
+    pub prefetch: usize,
+}
+
+/// What C holds before a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Init {
+    /// Sums to go on from.
+    Load,
+    /// Anything: the product starts from +0.
+    Zero,
+}
+
+impl Tile {
+    /// The block of `rows` x `tiles` that begins at (`row`, `tile`).
+    ///
+    /// # Safety
+    /// It must lie inside this one.
+    unsafe fn part(&self, row: usize, rows: usize, tile: usize, tiles: usize) -> Tile {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Tile {
+                rows,
+                tiles,
+                a: self.a.add(row * self.a_stride),
+                b: self.b.add(tile * B_TILE),
+                c: self.c.byte_add(row * self.c_stride).add(tile * TILE_N),
+                ..*self
+            }
+        }
+    }
+
+    /// Makes C what [`Init`] says, for kernels that always load it.
+    ///
+    /// # Safety
+    /// C must be writable.
+    unsafe fn prepare_c(&self) {
+        if self.init == Init::Zero {
+            for row in 0..self.rows {
+                for tile in 0..self.tiles {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        *self.c.byte_add(row * self.c_stride).add(tile * TILE_N).cast() = [0f32; TILE_N]
+                    };
+                }
+            }
+        }
+    }
 }
 
 /// `C += A B`.
@@ -119,6 +169,19 @@ pub(crate) unsafe fn product(path: Path, t: Tile) {
             Path::Amx => amx::product(t),
         }
     }
+}
+
+/// Asks for the cache line at `address` in the second-level cache; any address will do.
+#[inline(always)]
+pub(crate) fn fetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Tile state of the calling thread while it runs `path`; dropping it gives the state back.

@@ -44,6 +44,8 @@ fn add_ftz(x: f32, y: f32) -> f32 {
 /// # Safety
 /// As for [`super::product`].
 pub(super) unsafe fn product(t: Tile) {
+    // SAFETY: the caller vouches for C.
+    unsafe { t.prepare_c() };
     for row in 0..t.rows {
         for tile in 0..t.tiles {
             // SAFETY: the caller promises `rows` rows of A, `tiles` tiles of every chunk of B and the C block.
@@ -58,7 +60,11 @@ pub(super) unsafe fn product(t: Tile) {
                     .cast::<[f32; 16]>();
                 for chunk in 0..t.chunks {
                     let a = &*a.add(chunk * 32).cast::<[f32; 32]>();
-                    let b = &*t.b.add(chunk * t.b_chunk + tile * B_TILE).cast::<[[u32; 16]; 16]>();
+                    let b = &*t
+                        .b
+                        .wrapping_add(chunk.wrapping_mul(t.b_chunk))
+                        .add(tile * B_TILE)
+                        .cast::<[[u32; 16]; 16]>();
                     accumulate_chunk(a, b, c);
                 }
             }

@@ -77,6 +77,10 @@ impl Case {
     }
 
     fn run(&self, path: Path) -> Vec<u32> {
+        self.run_from(path, Init::Load)
+    }
+
+    fn run_from(&self, path: Path, init: Init) -> Vec<u32> {
         let mut c = self.c.clone();
         let stride = self.chunks * CHUNK + A_PADDING;
         let (a, size) = match path.a_form() {
@@ -98,6 +102,8 @@ impl Case {
                     b_chunk: self.tiles * B_TILE,
                     c: c.as_mut_ptr(),
                     c_stride: self.tiles * 64,
+                    init,
+                    prefetch: 0,
                 },
             );
         }
@@ -211,6 +217,22 @@ fn the_scalar_path_is_the_definition() {
     for inputs in Inputs::ALL {
         let case = Case::new(inputs, 5, 2, 3);
         assert_eq!(case.run(Path::Scalar), case.define(ASCENDING), "{inputs:?}");
+    }
+}
+
+#[test]
+fn a_fresh_start_ignores_what_c_holds() {
+    for path in paths().into_iter().chain([Path::Scalar]) {
+        for (rows, tiles) in [(1, 1), (1, 2), (3, 5), (17, 1), (33, 3)] {
+            let mut case = Case::new(Inputs::Plain, rows, tiles, 2);
+            let expected = {
+                let mut zero = Case::new(Inputs::Plain, rows, tiles, 2);
+                zero.c.fill(0.0);
+                zero.run(path)
+            };
+            case.c.fill(f32::NAN);
+            assert_eq!(case.run_from(path, Init::Zero), expected, "{path:?} {rows} rows {tiles} tiles");
+        }
     }
 }
 
