@@ -15,8 +15,10 @@ pub use message::{ChatMessage, InvalidMessage};
 /// A model's chat template: Jinja source that turns messages into the text of a prompt, as
 /// Hugging Face's `apply_chat_template` renders it. Cheap to clone.
 ///
-/// A template cannot run for ever: its instructions, recursion and output are limited, each
-/// reported as [`TemplateError::Limit`].
+/// A template's instructions, its recursion and its output are limited ([`TemplateError::Limit`]),
+/// and values nested to any depth are safe. What one instruction costs is not limited: a template
+/// that builds a value of gigabytes and works on it in a loop is slow. So a template deserves the
+/// trust that the weights beside it have, and is not a thing to take from a request unasked.
 #[derive(Clone)]
 pub struct ChatTemplate {
     shared: Arc<Shared>,

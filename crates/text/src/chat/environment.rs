@@ -8,12 +8,15 @@ use minijinja::{Environment, Error, ErrorKind, Value};
 use super::json;
 use super::{TemplateError, UnixTime};
 
-/// Instructions of one rendering. A conversation of 1,000 messages takes some 100,000.
-const MAX_INSTRUCTIONS: u64 = 5_000_000;
+/// Instructions of one rendering. The templates in use take 50 to 250 a message.
+const MAX_INSTRUCTIONS: u64 = 1_000_000;
 /// Nested calls of macros and includes.
 const MAX_RECURSION: usize = 100;
 /// Bytes of a rendered prompt.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
+/// A template can nest a value as deep as its instructions allow, and the engine prints, compares
+/// and drops values recursively: some 600 bytes a level. Only pages that are touched cost memory.
+const STACK_BYTES: usize = 256 << 20;
 const NAME: &str = "chat_template";
 
 /// The environment that Hugging Face renders chat templates in, with `source` as its only template.
@@ -35,7 +38,22 @@ pub(super) fn compile(source: &str) -> Result<Environment<'static>, TemplateErro
     Ok(environment)
 }
 
+/// Renders on a thread of its own, for the depth of its stack.
 pub(super) fn render(
+    environment: &Environment<'_>,
+    variables: BTreeMap<String, Value>,
+) -> Result<String, TemplateError> {
+    let failed = |message: String| TemplateError::Render { line: None, message };
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("chat-template".into()).stack_size(STACK_BYTES);
+        let thread = builder
+            .spawn_scoped(scope, || render_here(environment, variables))
+            .map_err(|error| failed(format!("no thread to render on: {error}")))?;
+        thread.join().unwrap_or_else(|_| Err(failed("the template engine panicked".into())))
+    })
+}
+
+fn render_here(
     environment: &Environment<'_>,
     variables: BTreeMap<String, Value>,
 ) -> Result<String, TemplateError> {
