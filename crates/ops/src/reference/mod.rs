@@ -5,6 +5,7 @@
 
 mod attention;
 mod hopper;
+pub mod hopper_fast;
 mod linear;
 mod portable;
 mod rows;
