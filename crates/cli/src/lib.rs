@@ -18,3 +18,8 @@
 #![forbid(unsafe_code)]
 
 pub use bitfast_llm::*;
+
+/// The README's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -105,6 +105,10 @@ impl Hub {
             }
             Err(e) => return Err(failed(e)),
         };
+        if info.sha.is_empty() || !info.sha.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            let message = format!("the hub names a commit {:?}, which is none", info.sha);
+            return Err(Error::Fetch { what: id.into(), message });
+        }
         // All files of one commit, even when the branch moves meanwhile.
         let folder = self.repo_folder(id).join("snapshots").join(&info.sha);
         let pinned = api.repo(repo(&info.sha));
