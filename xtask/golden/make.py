@@ -1,7 +1,7 @@
 """Makes the golden fixtures of crates/testkit: logits of Hugging Face transformers, teacher-forced, on a CPU.
 
     python -m venv VENV && VENV/bin/pip install -r requirements.txt
-    VENV/bin/python make.py tiny                   # tiny random models and their logits
+    VENV/bin/python make.py tiny                   # tiny random models (four folders, one GGUF) and their logits
     VENV/bin/python make.py smollm2 MODEL.gguf     # logits and token ids of SmolLM2-135M-Instruct
 
 Every model runs twice, attention "eager": with its bf16 weights upcast to fp32 (the truth that we are compared
@@ -65,10 +65,22 @@ def make_tiny(model: tiny.Tiny) -> None:
             folder, dtype=dtype, attn_implementation="eager"
         ).eval()
 
-    fp32, bf16 = load(torch.float32), load(torch.bfloat16)
+    compare(model.name, model.config["vocab_size"], load(torch.float32), load(torch.bfloat16))
+
+
+def make_gguf() -> None:
+    import tiny_gguf
+
+    state, divisors = tiny_gguf.write(FIXTURES / "models" / f"{tiny_gguf.NAME}.gguf")
+    fp32, bf16 = tiny_gguf.models(state, divisors)
+    compare(tiny_gguf.NAME, tiny_gguf.VOCAB, fp32, bf16, {"bf16_fnv1a": tiny_gguf.digests(state)})
+
+
+def compare(name: str, vocab: int, fp32, bf16, more: dict = {}) -> None:
+    """Writes golden/{name}: the truth and the yardsticks on random prompts."""
     prompts, rows, kept = [], [], {"fp32": [], "bf16": [], "bf16_body": []}
     for n in LENGTHS:
-        ids = tiny.token_ids(f"{model.name}/prompt{n}", n, model.config["vocab_size"])
+        ids = tiny.token_ids(f"{name}/prompt{n}", n, vocab)
         readings = three_readings(fp32, bf16, ids)
         at = sorted({p for p in POSITIONS if p < n} | {n - 1})
         rows += [[len(prompts), p] for p in at]
@@ -80,16 +92,17 @@ def make_tiny(model: tiny.Tiny) -> None:
     tensors = {"logits": kept["fp32"].contiguous()}
     for key, figure in yard.items():
         tensors |= {f"{key}.{f}": v.float() for f, v in figure.items()}
-    save_file(tensors, FIXTURES / "golden" / f"{model.name}.safetensors")
+    save_file(tensors, FIXTURES / "golden" / f"{name}.safetensors")
     report = {
         "versions": versions(),
         "yardstick": {key: figures.pooled(figure) for key, figure in yard.items()},
         "prompts": prompts,
         "rows": rows,
+        **more,
     }
-    write_json(FIXTURES / "golden" / f"{model.name}.json", report)
+    write_json(FIXTURES / "golden" / f"{name}.json", report)
     spread = kept["fp32"].std(-1).mean().item()
-    print(f"{model.name}: {len(rows)} rows, logits' std {spread:.3f}, {report['yardstick']}")
+    print(f"{name}: {len(rows)} rows, logits' std {spread:.3f}, {report['yardstick']}")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -110,6 +123,7 @@ def main() -> None:
         case ["tiny"]:
             for model in tiny.MODELS:
                 make_tiny(model)
+            make_gguf()
         case ["smollm2", path]:
             import smollm2
 

@@ -21,7 +21,8 @@ pub fn model_dir(name: &str) -> PathBuf {
 /// SmolLM2-135M-Instruct (Q4_1 GGUF), where it was found when this crate was built; see build.rs. Tests that
 /// need it are ignored where it is absent.
 pub fn smollm2_gguf() -> PathBuf {
-    PathBuf::from(option_env!("SMOLLM2_GGUF").expect("SmolLM2 is here: cargo xtask models"))
+    let found: Option<&str> = option_env!("SMOLLM2_GGUF");
+    PathBuf::from(found.expect("SmolLM2 is in the cache: cargo xtask models"))
 }
 
 /// A safetensors file of the recipe, read without the code under test.

@@ -8,25 +8,27 @@
 //! two readings of the bf16 run: as it comes, and the stricter one whose last product is fp32.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use bitfast_cpu::CpuBackend;
 use bitfast_llm::{EngineArgs, LLM, SamplingParams};
-use bitfast_model::{ModelConfig, RopeScaling};
+use bitfast_model::{Gguf, GgufSource, ModelConfig, RopeScaling, WeightSource};
 use bitfast_testkit::figures::{self, RowFigures};
 use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, Tensors, TinyGolden, Yardstick};
-use bitfast_testkit::rig::{self, RigSizes};
+use bitfast_testkit::rig::{self, Rig, RigSizes};
 use bitfast_text::SpecialTokens;
 
 const LIMIT: f64 = 1.2;
 
-/// Our figures on every stored row of a tiny model, run as `config` says.
-fn tiny_figures(name: &str, config: &ModelConfig) -> (TinyGolden, Vec<RowFigures>) {
+const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
+
+/// Our figures on every stored row of a tiny model that was loaded into `rig`.
+fn figures_of(name: &str, mut rig: Rig<CpuBackend>) -> (TinyGolden, Vec<RowFigures>) {
     let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
     let (shape, want) = Tensors::open(&format!("golden/{name}.safetensors")).f32("logits");
-    assert_eq!(shape, [golden.rows.len(), config.vocab_size]);
-    let sizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
-    let mut rig = rig::tiny(name, config, rig::best_cpu(), sizes);
+    let vocab = rig.config().vocab_size;
+    assert_eq!(shape, [golden.rows.len(), vocab]);
     let ours: Vec<Vec<f32>> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
-    let vocab = config.vocab_size;
     let rows =
         golden.rows.iter().zip(want.chunks(vocab)).map(|(&(prompt, position), want)| {
             figures::row(&ours[prompt][position * vocab..][..vocab], want)
@@ -35,13 +37,20 @@ fn tiny_figures(name: &str, config: &ModelConfig) -> (TinyGolden, Vec<RowFigures
     (golden, rows)
 }
 
+/// The same of a folder of the fixtures, run as `config` says.
+fn tiny_figures(name: &str, config: &ModelConfig) -> (TinyGolden, Vec<RowFigures>) {
+    figures_of(name, rig::tiny(name, config, rig::best_cpu(), SIZES))
+}
+
 fn passes(ours: RowFigures, theirs: Yardstick) -> bool {
     ours.rms <= LIMIT * theirs.rms && ours.kl <= LIMIT * LIMIT * theirs.kl
 }
 
 fn check_tiny(name: &str) {
-    let config = rig::tiny_config(name);
-    let (golden, rows) = tiny_figures(name, &config);
+    check(name, tiny_figures(name, &rig::tiny_config(name)));
+}
+
+fn check(name: &str, (golden, rows): (TinyGolden, Vec<RowFigures>)) {
     let ours = figures::pooled(&rows);
     let (rough, body) = (golden.yardstick.bf16, golden.yardstick.bf16_body);
     println!(
@@ -76,6 +85,35 @@ fn qwen3_tied() {
 #[test]
 fn qwen3_untied_sharded() {
     check_tiny(TINY_MODELS[3]);
+}
+
+/// A GGUF file with a tensor of every block format, and divisors of the rotation's frequencies. Its weights are
+/// compared to the bit with what the gguf package reads, after that the logits.
+#[test]
+fn llama_gguf() {
+    #[derive(serde::Deserialize)]
+    struct Digests {
+        bf16_fnv1a: BTreeMap<String, String>,
+    }
+    let name = "llama-gguf";
+    let digests: Digests = fixtures::json(&format!("golden/{name}.json"));
+    let gguf = Gguf::open(&fixtures::path("models/llama-gguf.gguf")).unwrap_or_else(|e| panic!("{e}"));
+    let config = ModelConfig::from_gguf(&gguf).unwrap_or_else(|e| panic!("{e}"));
+    let source = GgufSource::new(Arc::new(gguf), &config);
+    let specs = bitfast_model::tensor_specs(&config);
+    assert_eq!(specs.len(), digests.bf16_fnv1a.len());
+    for spec in specs {
+        let tensor = source.fetch(&spec).unwrap_or_else(|e| panic!("{e}"));
+        let digest = fnv1a(tensor.data.iter().flat_map(|x| x.to_bits().to_le_bytes()));
+        assert_eq!(digest, digests.bf16_fnv1a[&spec.name], "{}", spec.name);
+    }
+    check(name, figures_of(name, Rig::new(rig::cpu(&rig::best_cpu()), &config, &source, SIZES)));
+}
+
+/// 64-bit FNV-1a, as in the recipe.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> String {
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    format!("{hash:016x}")
 }
 
 /// The measure must be able to fail: small mistakes in the config are caught.
@@ -114,8 +152,7 @@ fn smollm2() {
     let (_, top_logits) = tensors.f32("top_logits");
     let (_, probe_logits) = tensors.f32("probe_logits");
     let (_, logsumexp) = tensors.f32("logsumexp");
-    let sizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
-    let mut rig = rig::smollm2(rig::best_cpu(), sizes);
+    let mut rig = rig::smollm2(rig::best_cpu(), SIZES);
     let vocab = rig.config().vocab_size;
     let (mut diffs, mut logprob_diffs, mut argmax_differs) = (Vec::new(), Vec::new(), 0);
     let mut row = 0;
