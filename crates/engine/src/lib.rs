@@ -29,7 +29,7 @@ pub use handle::{
 pub use model_runner::ModelRunner;
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
-    TokenLogprobs, sample_seed,
+    TokenLogprobs,
 };
 pub use runner::{
     ObservedRow, Readback, RowObserver, Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs,

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use bitfast_ops::exact::stream_seed;
 use bitfast_ops::{LogprobsRow, RowChoice, RowParams};
 use bitfast_scheduler::{PromptRows, Request, SeqId, Sequence, Ticket};
 
-use crate::request::{Event, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs, sample_seed};
+use crate::request::{Event, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs};
 use crate::shared::{EventSink, Submission};
 
 /// A request in service.
@@ -59,7 +60,7 @@ impl Live {
             sampling.bad_words.iter().filter(|word| word.len() == 1).map(|word| word[0]).collect();
         let samples = (0..sampling.n).map(|index| Sample {
             place: Place::Behind,
-            params: row_params(&sampling, sample_seed(seed, index)),
+            params: row_params(&sampling, stream_seed(seed, index)),
             forbidden: always.clone(),
             always_forbidden: always.len(),
         });

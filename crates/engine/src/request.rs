@@ -38,7 +38,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// (0, 2].
     pub repetition_penalty: f32,
-    /// Key of the random stream ([`sample_seed`] derives each sample's); drawn at admission when missing, and
+    /// Key of the random stream ([`bitfast_ops::exact::stream_seed`] derives each sample's); drawn at admission when missing, and
     /// reported.
     pub seed: Option<u64>,
     /// Most tokens to generate (clamped to the context); 0 only scores the prompt.
@@ -130,15 +130,6 @@ pub enum SubmitError {
     /// The engine has stopped or failed.
     #[error("the engine is not running: {0}")]
     Dead(String),
-}
-
-/// The random key of sample `index` of a request with `seed`: the seed itself for sample 0, else
-/// splitmix64 of `seed + index * 0x9E3779B97F4A7C15`. Part of the numerics contract.
-pub fn sample_seed(seed: u64, index: u32) -> u64 {
-    match index {
-        0 => seed,
-        _ => splitmix64(seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15))),
-    }
 }
 
 /// Steele, Lea and Flood's finaliser ("Fast splittable pseudorandom number generators", 2014).

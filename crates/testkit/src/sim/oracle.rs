@@ -1,6 +1,7 @@
 //! The fake model as a function of a request alone: no batch, no blocks, no engine.
 
-use bitfast_engine::{EngineRequest, FinishReason, sample_seed};
+use bitfast_engine::{EngineRequest, FinishReason};
+use bitfast_ops::exact::stream_seed;
 
 use super::rng::mix;
 
@@ -95,7 +96,7 @@ pub fn expected(request: &EngineRequest, seed: u64, max_model_len: usize) -> Exp
         return Expected::Fails;
     }
     let samples = (0..request.sampling.n)
-        .map(|index| expected_sample(request, sample_seed(seed, index), max_tokens))
+        .map(|index| expected_sample(request, stream_seed(seed, index), max_tokens))
         .collect();
     let score = |i: usize| Prefix::of(&prompt[..i]).logprob(prompt[i]);
     Expected::Completes { samples, prompt_logprobs: scored.then(|| (1..prompt.len()).map(score).collect()) }
