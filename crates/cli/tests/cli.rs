@@ -1,6 +1,6 @@
 //! The command as a user runs it: exit codes, messages, files, help.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -91,6 +91,19 @@ fn chat_applies_the_template_and_logprobs_make_a_table() {
     let table = run_tiny(&["x", "--max-tokens", "2", "--logprobs", "1", "--prompt-logprobs"]);
     let text = String::from_utf8_lossy(&table.stdout).into_owned();
     assert!(text.contains("\nlogprobs (sample 0)\n") && text.contains("#1"), "{text}");
+}
+
+#[test]
+fn unconstrained_answers_say_so() {
+    let json: Value = serde_json::from_str(&stdout(&run_tiny(&[
+        "--json",
+        "x",
+        "--max-tokens",
+        "1",
+        "--no-batch-invariant",
+    ])))
+    .unwrap();
+    assert!(json["system_fingerprint"].as_str().unwrap().ends_with("-unconstrained"), "{json}");
 }
 
 #[test]
@@ -342,6 +355,20 @@ fn benchmarks_report_what_they_ran() {
     refused(&bench(&["latency", "--batch-size", "0"]), "batch-size: ");
     refused(&bench(&["latency", "--input-len", "5000"]), "maximum context length");
     refused(&bench(&["throughput", "--output-json", "/no/such/r.json"]), "/no/such/r.json");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_with_its_own_code() {
+    let endless =
+        ["bench", "latency", "--num-iters", "1000000", "--model", "tiny-llama", "--load-format", "dummy"];
+    let mut child = bitfast(&endless).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    // The start-up line: the handler is in place by then.
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    stderr.read_line(&mut String::new()).unwrap();
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[test]

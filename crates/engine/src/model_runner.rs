@@ -31,6 +31,11 @@ impl<B: Backend> ModelRunner<B> {
         }
         let kv = backend.kv(&model.kv_layout(block_size), num_blocks)?;
         let digest = identity_digest(weights_digest.as_bytes(), config_digest.as_bytes());
+        let mut fingerprint = system_fingerprint(backend.class(), digest);
+        if !backend.batch_invariant() {
+            // Its bits may follow the batch: they must not pass for those that the fingerprint promises.
+            fingerprint.push_str("-unconstrained");
+        }
         let info = RunnerInfo {
             vocab_size: model.config().vocab_size,
             max_model_len: model.options().max_model_len,
@@ -41,7 +46,7 @@ impl<B: Backend> ModelRunner<B> {
             class: backend.class(),
             batch_invariant: backend.batch_invariant(),
             device: backend.device(),
-            fingerprint: system_fingerprint(backend.class(), digest),
+            fingerprint,
         };
         Ok(Self { backend, model, kv, info })
     }

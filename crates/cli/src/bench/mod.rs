@@ -15,6 +15,9 @@ use crate::flags::{EngineFlags, ReportFlags};
 pub use latency::latency;
 pub use throughput::throughput;
 
+/// KV blocks of no device have more tokens; a sequence's last block may be partly used.
+const LARGEST_BLOCK: usize = 128;
+
 /// Loads the model for a benchmark: without prefix cache, so that no repetition profits from another.
 fn start(flags: &EngineFlags, sequences: usize, tokens_per_sequence: usize) -> Outcome<LLM> {
     let mut flags = flags.clone();
@@ -23,7 +26,7 @@ fn start(flags: &EngineFlags, sequences: usize, tokens_per_sequence: usize) -> O
     if flags.kv_cache_memory.is_none() && args.kv_cache_memory == bitfast::KvCacheMemory::Auto {
         // All requests at once, so that none waits for memory; the device may still have less.
         args.kv_cache_memory =
-            bitfast::KvCacheMemory::Tokens(sequences * tokens_per_sequence.next_multiple_of(64));
+            bitfast::KvCacheMemory::Tokens(sequences * tokens_per_sequence.next_multiple_of(LARGEST_BLOCK));
     }
     if flags.max_num_seqs.is_none() {
         args.max_num_seqs = args.max_num_seqs.max(sequences.min(256));

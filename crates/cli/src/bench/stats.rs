@@ -1,5 +1,7 @@
 //! Summaries of repeated measurements.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 /// Of one quantity over the repetitions.
@@ -27,6 +29,16 @@ impl Summary {
     }
 }
 
+impl Summary {
+    /// Quantiles by name, as vLLM reports them.
+    pub fn percentiles(&self) -> BTreeMap<String, f64> {
+        let mut sorted = self.all.clone();
+        sorted.sort_by(f64::total_cmp);
+        let at = |p: u32| (p.to_string(), quantile(&sorted, f64::from(p) / 100.0));
+        [10, 25, 50, 75, 90, 99].map(at).into()
+    }
+}
+
 /// Linear interpolation between the order statistics.
 fn quantile(sorted: &[f64], q: f64) -> f64 {
     let place = q * (sorted.len() - 1) as f64;
@@ -44,6 +56,7 @@ mod tests {
         assert_eq!((s.median, s.mean, s.min, s.max), (3.0, 3.0, 1.0, 5.0));
         assert!((s.p10 - 1.4).abs() < 1e-12 && (s.p90 - 4.6).abs() < 1e-12);
         assert_eq!(s.all[0], 4.0);
+        assert_eq!(s.percentiles()["50"], 3.0);
         assert_eq!(Summary::of(vec![2.0]).unwrap().p90, 2.0);
         assert_eq!(Summary::of(vec![]), None);
     }
