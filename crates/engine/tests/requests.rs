@@ -123,7 +123,7 @@ fn a_request_without_tokens_only_scores() {
 }
 
 #[test]
-fn samples_share_the_prompt_and_have_their_own_seeds() {
+fn samples_share_the_prompt() {
     let (mut engine, handle) = engine(config());
     let mut stream = handle.submit(request("r", 0..9, SamplingParams { n: 3, ..max_tokens(2) })).unwrap();
     let Step::Ran(first) = engine.step() else { panic!("nothing to do") };

@@ -1,4 +1,6 @@
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::hash::BlockHash;
 
@@ -26,13 +28,32 @@ pub struct BlockManager {
     /// Blocks with no content, last freed on top.
     free: Vec<BlockId>,
     /// Full computed blocks by content. Only looked up, never iterated.
-    cache: HashMap<BlockHash, BlockId>,
+    cache: HashMap<BlockHash, BlockId, BuildHasherDefault<Verbatim>>,
     oldest: Option<BlockId>,
     newest: Option<BlockId>,
     /// Blocks in the LRU list.
     evictable: usize,
     /// Blocks whose content became garbage since the last drain; recorded only when a test asks for it.
     discarded: Option<Vec<BlockId>>,
+}
+
+/// A [`BlockHash`] is a keyed hash already: its first half serves as it is, and nothing depends on a process's
+/// random state.
+#[derive(Debug, Default)]
+struct Verbatim(u64);
+
+impl Hasher for Verbatim {
+    fn write_u128(&mut self, hash: u128) {
+        self.0 = hash as u64;
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("only block hashes are looked up");
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 impl BlockManager {
@@ -43,7 +64,7 @@ impl BlockManager {
             blocks: vec![block; num_blocks],
             // Low ids first: a fresh pool hands out 0, 1, 2, ...
             free: (0..num_blocks as u32).rev().collect(),
-            cache: HashMap::with_capacity(num_blocks),
+            cache: HashMap::with_capacity_and_hasher(num_blocks, BuildHasherDefault::default()),
             oldest: None,
             newest: None,
             evictable: 0,
@@ -101,7 +122,7 @@ impl BlockManager {
     pub fn publish(&mut self, id: BlockId, hash: BlockHash) {
         let block = &mut self.blocks[id as usize];
         assert!(block.refs > 0 && block.hash.is_none(), "block {id} cannot be published: {block:?}");
-        if let std::collections::hash_map::Entry::Vacant(entry) = self.cache.entry(hash) {
+        if let Entry::Vacant(entry) = self.cache.entry(hash) {
             entry.insert(id);
             block.hash = Some(hash);
         }
