@@ -132,6 +132,11 @@ impl SamplingParams {
     /// the parameters that it does not see.
     pub(crate) fn lower(&self, limits: &Limits<'_>) -> Result<(engine::SamplingParams, TextParams)> {
         let defaults = limits.defaults;
+        // Before anything is made for each sample; the engine would say the same, but later.
+        if !(1..=engine::MAX_SAMPLES).contains(&self.n) {
+            let message = format!("must be in [1, {}], got {}", engine::MAX_SAMPLES, self.n);
+            return Err(Error::invalid("n", message));
+        }
         let allowed = self.allowed_token_ids.as_ref().map(|ids| {
             if let Some(id) = ids.iter().find(|id| **id as usize >= limits.vocab_size) {
                 let message = format!("token id {id} is outside the vocabulary of {}", limits.vocab_size);
