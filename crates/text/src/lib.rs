@@ -5,6 +5,27 @@
 //! [`Tokenizer::encode`] turns text into ids; back from the engine each id goes through the
 //! sequence's [`Detokenizer`], and the text it releases through the sequence's [`StopMatcher`].
 //!
+//! ```
+//! use bitfast_text::{ChatMessage, ChatTemplate, PromptEnd, RenderOptions, StopOutcome, StopStrings};
+//! use bitfast_text::{StopText, TemplateTokens, UnixTime};
+//!
+//! let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}\
+//!               {% if add_generation_prompt %}<assistant>{% endif %}";
+//! let tokens = TemplateTokens { eos: Some("</s>".into()), ..TemplateTokens::default() };
+//! let template = ChatTemplate::new(source, tokens)?;
+//! let messages = [ChatMessage::new("user", "Hi")];
+//! let mut options = RenderOptions::at(UnixTime(0));
+//! assert_eq!(template.render(&messages, &options)?, "<user>Hi</s><assistant>");
+//! options.prompt_end = PromptEnd::ContinueLast;
+//! assert_eq!(template.render(&messages, &options)?, "<user>Hi");
+//!
+//! let mut stop = StopStrings::new(["\nUser:"], StopText::Drop)?.matcher();
+//! assert_eq!(stop.push("Fine.\nUs"), StopOutcome::Text("Fine.".into()));
+//! let stopped = StopOutcome::Stopped { text: "".into(), stop: "\nUser:".into() };
+//! assert_eq!(stop.push("er: more"), stopped);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! Everything is a function of its arguments: no clock, no environment, no hash order. The same
 //! ids give the same text however they are cut into steps.
 //!
