@@ -81,10 +81,8 @@ impl LinearDesc {
     /// The order of its sums in a class.
     pub fn k_order(&self, class: Class) -> KOrder {
         match self.kind {
-            LinearKind::Row => row_parallel_order(self.k),
-            LinearKind::Column | LinearKind::GateUp | LinearKind::Vocab => {
-                column_parallel_order(class, self.n, self.k)
-            }
+            LinearKind::Row => row_parallel_order(class, self.k),
+            LinearKind::Column | LinearKind::GateUp | LinearKind::Vocab => column_parallel_order(),
         }
     }
 }

@@ -16,6 +16,8 @@ pub const NORM_LANES: usize = 1024;
 pub const LSE_CHUNK: usize = 1024;
 /// Leaves of a row-parallel layer are multiples of this many products.
 pub const LEAF_MULTIPLE: usize = 128;
+/// `hopper`: fewest products of a leaf. Shorter ones cost a large-M kernel more than 3% (LOG.md).
+pub const HOPPER_LEAF_MIN: usize = 512;
 
 /// A numerics class: machines of one class give equal bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,9 +41,10 @@ impl Class {
 /// How the leaves of a linear layer join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Join {
-    /// Balanced binary tree, so that a tensor-parallel rank holds a subtree.
+    /// Balanced binary tree of adjacent pairs. A rank that holds a subtree hands over one partial sum.
     Tree,
-    /// Left fold, ascending.
+    /// Left fold, ascending: a block of outputs needs one running sum beside its accumulator, however many leaves.
+    /// A rank hands over each of its leaves, the first rank their fold.
     Fold,
 }
 
@@ -56,33 +59,23 @@ pub struct KOrder {
     pub join: Join,
 }
 
-/// K order of a row-parallel layer (attention output, MLP down, expert down): the largest of 8, 4, 2, 1
-/// leaves that are multiples of [`LEAF_MULTIPLE`]; joined as a balanced tree in every class.
-pub fn row_parallel_order(k: usize) -> KOrder {
-    let leaves = [8, 4, 2].into_iter().find(|l| k.is_multiple_of(l * LEAF_MULTIPLE)).unwrap_or(1);
-    KOrder { leaves, join: Join::Tree }
+/// K order of a row-parallel layer (attention output, MLP down, expert down), whose leaves tensor-parallel ranks share.
+///
+/// The largest of 8, 4, 2, 1 leaves that are multiples of [`LEAF_MULTIPLE`]. `portable` joins them as a balanced tree. `hopper`
+/// folds them, of at least [`HOPPER_LEAF_MIN`] products each: at large M a tree's running sums cost a tensor-core
+/// kernel its tile (8% to 32% of the layer's time, measured), a fold's 1% to 6%.
+pub fn row_parallel_order(class: Class, k: usize) -> KOrder {
+    let (shortest, join) = match class {
+        Class::Portable => (LEAF_MULTIPLE, Join::Tree),
+        Class::Hopper => (HOPPER_LEAF_MIN, Join::Fold),
+    };
+    let fits = |leaves: &usize| k.is_multiple_of(leaves * LEAF_MULTIPLE) && k / leaves >= shortest;
+    KOrder { leaves: [8, 4, 2].into_iter().find(fits).unwrap_or(1), join }
 }
 
-/// K order of a layer whose tensor-parallel shards need no reduction, from its global `n` outputs and `k`.
-///
-/// `portable` has one leaf. `hopper` takes the smallest power of two with `n / 16 * leaves >= 1024`, at most 8
-/// and with leaves of at least 256 products: enough independent 16-row tiles to fill the card at decode.
-pub fn column_parallel_order(class: Class, n: usize, k: usize) -> KOrder {
-    let leaves = match class {
-        Class::Portable => 1,
-        Class::Hopper => {
-            let mut leaves = 1;
-            while n / 16 * leaves < 1024
-                && leaves < 8
-                && k.is_multiple_of(leaves * 2 * 64)
-                && k / (leaves * 2) >= 256
-            {
-                leaves *= 2;
-            }
-            leaves
-        }
-    };
-    KOrder { leaves, join: Join::Fold }
+/// K order of a layer whose tensor-parallel shards need no reduction: one chain, in every class.
+pub fn column_parallel_order() -> KOrder {
+    KOrder { leaves: 1, join: Join::Fold }
 }
 
 #[cfg(test)]
@@ -94,17 +87,23 @@ mod tests {
         for (k, leaves) in
             [(576, 1), (1536, 4), (2048, 8), (4096, 8), (6144, 8), (14336, 8), (768, 2), (100, 1)]
         {
-            assert_eq!(row_parallel_order(k).leaves, leaves, "k = {k}");
+            let order = row_parallel_order(Class::Portable, k);
+            assert_eq!(order, KOrder { leaves, join: Join::Tree }, "k = {k}");
         }
     }
 
     #[test]
-    fn column_parallel_leaves_depend_on_class_and_global_shape_only() {
-        assert_eq!(column_parallel_order(Class::Portable, 4096, 2048).leaves, 1);
-        assert_eq!(column_parallel_order(Class::Hopper, 4096, 2048).leaves, 4);
-        assert_eq!(column_parallel_order(Class::Hopper, 12288, 2048).leaves, 2);
-        assert_eq!(column_parallel_order(Class::Hopper, 16384, 2048).leaves, 1);
-        assert_eq!(column_parallel_order(Class::Hopper, 151_936, 2048).leaves, 1);
-        assert_eq!(column_parallel_order(Class::Hopper, 960, 576).leaves, 1);
+    fn hopper_folds_leaves_of_at_least_512() {
+        for (k, leaves) in
+            [(576, 1), (1024, 2), (1536, 2), (2048, 4), (3072, 4), (4096, 8), (6144, 8), (14336, 8), (100, 1)]
+        {
+            let order = row_parallel_order(Class::Hopper, k);
+            assert_eq!(order, KOrder { leaves, join: Join::Fold }, "k = {k}");
+        }
+    }
+
+    #[test]
+    fn column_parallel_layers_are_one_chain() {
+        assert_eq!(column_parallel_order().leaves, 1);
     }
 }

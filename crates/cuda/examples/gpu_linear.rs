@@ -1,0 +1,412 @@
+//! Bits and speed of linear variants on a GPU: `gpu_linear [prefill|decode]...`. Every result is compared with the
+//! reference kernel of the same order; times are medians of graph replays over rotating (cold) weights.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::sync::Mutex;
+
+use bitfast_cuda::driver::{Arg, Buffer, Device, Graph, Kernel, Launch, Overlap, Stream};
+use bitfast_cuda::jit::{Jit, KernelSource};
+use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide};
+use bitfast_ops::LinearKind;
+use bitfast_ops::contract::{Join, KOrder};
+
+const TOOLS: &str = r#"
+extern "C" __global__ void fill(bf16* p, u64 n, u32 seed, float scale) {
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+        u32 h = (u32)i * 2654435761u ^ (u32)(i >> 32) * 40503u ^ seed;
+        h ^= h >> 16, h *= 0x85ebca6b, h ^= h >> 13, h *= 0xc2b2ae35, h ^= h >> 16;
+        p[i] = (bf16)pack_bf16(((int)(h & 0xffff) - 32768) * scale / 32768.f, 0.f);
+    }
+}
+"#;
+const DIFFER: &str = r#"
+extern "C" __global__ void differ(const u32* a, const u32* b, u64 n, u32* count) {
+    u32 bad = 0;
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) bad += a[i] != b[i];
+    if (bad) atomicAdd(count, bad);
+}
+"#;
+
+struct Shape {
+    name: &'static str,
+    n: usize,
+    k: usize,
+    row: bool,
+}
+
+const SHAPES: [Shape; 8] = [
+    Shape { name: "1.7B qkv", n: 4096, k: 2048, row: false },
+    Shape { name: "1.7B o", n: 2048, k: 2048, row: true },
+    Shape { name: "1.7B gate_up", n: 12288, k: 2048, row: false },
+    Shape { name: "1.7B down", n: 2048, k: 6144, row: true },
+    Shape { name: "8B qkv", n: 6144, k: 4096, row: false },
+    Shape { name: "8B o", n: 4096, k: 4096, row: true },
+    Shape { name: "8B gate_up", n: 28672, k: 4096, row: false },
+    Shape { name: "8B down", n: 4096, k: 14336, row: true },
+];
+
+fn wide(tile: usize, stages: usize, cluster: usize, out: (usize, usize), regs: [usize; 3]) -> Variant {
+    let (out_buffers, out_cols) = out;
+    Variant::Wide(Wide { tile, stages, cluster, out_buffers, out_cols, raster: 16 / cluster, regs })
+}
+
+struct Case {
+    shape: usize,
+    tokens: usize,
+    spec: LinearSpec,
+    variant: Variant,
+    overlap: Overlap,
+}
+
+fn spec(shape: &Shape, leaves: usize, join: Join) -> LinearSpec {
+    LinearSpec { n: shape.n, k: shape.k, order: KOrder { leaves, join }, output: Output::Bf16 }
+}
+
+fn prefill_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES.iter().enumerate() {
+        for tokens in [512, 2048, 8192] {
+            let mut add = |leaves, join, variant| {
+                let spec = spec(shape, leaves, join);
+                cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::None });
+            };
+            for cluster in [1, 2] {
+                let w256 = || wide(256, 4, cluster, (1, 32), [104, 0, 0]);
+                let w192 = || wide(192, 4, cluster, (2, 64), [96, 0, 0]);
+                let w128 = || wide(128, 6, cluster, (1, 64), [64, 64, 0]);
+                let w64 = || wide(64, 8, cluster, (1, 64), [32, 32, 32]);
+                add(1, Join::Fold, w256());
+                add(1, Join::Fold, w128());
+                if tokens == 512 {
+                    add(1, Join::Fold, w64());
+                }
+                if shape.row {
+                    add(2, Join::Tree, w256());
+                    add(4, Join::Tree, wide(192, 3, cluster, (1, 32), [96, 0, 0]));
+                    add(4, Join::Tree, w128());
+                    add(8, Join::Tree, wide(128, 5, cluster, (1, 32), [64, 64, 8]));
+                    add(8, Join::Fold, w256());
+                    if tokens == 512 {
+                        add(8, Join::Tree, w64());
+                        add(4, Join::Tree, w64());
+                    }
+                } else {
+                    for leaves in [2, 4] {
+                        add(leaves, Join::Fold, w256());
+                        add(leaves, Join::Fold, w192());
+                    }
+                    if tokens == 512 {
+                        add(4, Join::Fold, w128());
+                        add(4, Join::Fold, w64());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The price of leaves at large M: every candidate of a (shape, M) is replayed in turn, so that clocks and heat are shared.
+fn order_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES.iter().enumerate() {
+        for tokens in [1024, 2048, 8192] {
+            let mut add = |leaves, join, variant| {
+                let spec = spec(shape, leaves, join);
+                cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::None });
+            };
+            for cluster in [1, 2] {
+                for leaves in [1, 2, 4, 8] {
+                    add(leaves, Join::Fold, wide(256, 4, cluster, (1, 32), [104, 0, 0]));
+                }
+            }
+            if shape.row {
+                add(1, Join::Fold, wide(128, 6, 2, (1, 64), [64, 64, 0]));
+                add(4, Join::Tree, wide(192, 3, 2, (1, 32), [96, 0, 0]));
+                add(4, Join::Tree, wide(128, 6, 2, (1, 64), [64, 64, 0]));
+                add(8, Join::Tree, wide(128, 5, 2, (1, 32), [64, 64, 8]));
+            }
+        }
+    }
+}
+
+/// Few tokens: leaves, tiles a block, ring sizes, and the narrow kernel beside them.
+fn few_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES.iter().enumerate() {
+        let orders: &[usize] = if shape.row { &[2, 4, 8] } else { &[1, 2, 4] };
+        for tokens in [1, 8, 16] {
+            for &leaves in orders {
+                let spec = spec(shape, leaves, Join::Fold);
+                let mut add = |variant| {
+                    cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::WithPrevious });
+                };
+                for tiles in [1, 2, 3, 4, 6, 7, 8] {
+                    for smem in [115_000, 231_000] {
+                        if let Some(few) = Few::fitting(&spec, tokens, tiles, smem) {
+                            add(Variant::Few(few));
+                        }
+                    }
+                }
+                for ksplit in [1, leaves] {
+                    let narrow = Narrow {
+                        tokens: tokens.next_multiple_of(8),
+                        groups: 1,
+                        stages: 10,
+                        ksplit,
+                        min_ctas: 2,
+                    };
+                    if ksplit == 1 || tokens % ksplit == 0 {
+                        add(Variant::Narrow(narrow));
+                    }
+                    if ksplit == leaves && leaves == 1 {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn decode_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES.iter().enumerate() {
+        let kind = if shape.row { LinearKind::Row } else { LinearKind::Column };
+        let spec = LinearSpec::new(kind, shape.n, shape.k);
+        let leaves = spec.order.leaves;
+        for tokens in [16, 32, 64, 128, 256] {
+            for ksplit in [1, 2, 4, 8] {
+                if ksplit > leaves || (!shape.row && ksplit > 1 && ksplit < leaves) {
+                    continue;
+                }
+                for (groups, tile, stages, min_ctas) in [
+                    (1, 16, 10, 2),
+                    (1, 32, 8, 2),
+                    (2, 32, 9, 1),
+                    (1, 64, 5, 2),
+                    (1, 64, 11, 1),
+                    (2, 64, 7, 1),
+                    (1, 128, 6, 1),
+                    (2, 128, 4, 1),
+                ] {
+                    let fits = tile == tokens || (tile == 128 && tokens == 256);
+                    if !fits || (leaves / ksplit > 2 && tile == 128) {
+                        continue;
+                    }
+                    let variant = Variant::Narrow(Narrow { tokens: tile, groups, stages, ksplit, min_ctas });
+                    cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::WithPrevious });
+                }
+            }
+        }
+    }
+}
+
+struct Bench {
+    device: Device,
+    stream: Stream,
+    fill: Kernel,
+    differ: Kernel,
+    x: Buffer,
+    w: Buffer,
+    y: Buffer,
+    y_reference: Buffer,
+    count: Buffer,
+}
+
+impl Bench {
+    fn new(device: Device, jit: &Jit) -> Result<Self, Box<dyn Error>> {
+        let tool = |name, parts| -> Result<Kernel, Box<dyn Error>> {
+            let source = KernelSource { name, parts, defines: vec![], wgmma_n: None };
+            Ok(device.kernel(&jit.cubin(&source)?, name, 0)?)
+        };
+        let (fill, differ) = (tool("fill", &[TOOLS])?, tool("differ", &[DIFFER])?);
+        let stream = device.stream()?;
+        let bench = Self {
+            fill,
+            differ,
+            x: device.alloc(8192 * 14336 * 2)?,
+            w: device.alloc(1 << 30)?,
+            y: device.alloc(8192 * 28672 * 2)?,
+            y_reference: device.alloc(8192 * 28672 * 2)?,
+            count: device.alloc(4)?,
+            stream,
+            device,
+        };
+        bench.fill(&bench.x, 99, 1.0)?;
+        bench.fill(&bench.w, 7, 0.05)?;
+        Ok(bench)
+    }
+
+    fn fill(&self, buffer: &Buffer, seed: i32, scale: f32) -> Result<(), Box<dyn Error>> {
+        let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
+        let args =
+            [Arg::Ptr(buffer.ptr()), Arg::Ptr(buffer.len() as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
+        // SAFETY: the kernel writes `len / 2` bf16 at the buffer's address.
+        Ok(unsafe { self.fill.launch(&self.stream, launch, &args)? })
+    }
+
+    fn differing(&self, bytes: usize) -> Result<u32, Box<dyn Error>> {
+        self.count.fill(&self.stream, 0)?;
+        let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
+        let args = [
+            Arg::Ptr(self.y.ptr()),
+            Arg::Ptr(self.y_reference.ptr()),
+            Arg::Ptr(bytes as u64 / 4),
+            Arg::Ptr(self.count.ptr()),
+        ];
+        // SAFETY: both buffers hold `bytes` and more; count holds one u32.
+        unsafe { self.differ.launch(&self.stream, launch, &args)? };
+        let mut count = [0; 4];
+        self.count.read(&self.stream, 0, &mut count)?;
+        Ok(u32::from_le_bytes(count))
+    }
+
+    /// A graph of launches over rotating weights, and how many.
+    fn graph(&self, linear: &Linear, case: &Case) -> Result<(Graph, usize), Box<dyn Error>> {
+        let weight = case.spec.n * case.spec.k * 2;
+        let copies = (self.w.len() / weight).clamp(1, 48);
+        let call =
+            |i| linear.call(&self.x, &self.w, (i % copies) * weight, &self.y, case.tokens, case.overlap);
+        let calls = (0..copies).map(call).collect::<Result<Vec<_>, _>>()?;
+        let flops = 2.0 * (case.spec.n * case.spec.k * case.tokens) as f64;
+        let launches =
+            ((12e-3 / (flops / 7e14)) as usize).clamp(4, 40).max(if case.tokens <= 256 { copies } else { 0 });
+        let graph =
+            self.stream.capture(|| (0..launches).try_for_each(|i| calls[i % copies].launch(&self.stream)))?;
+        Ok((graph, launches))
+    }
+
+    /// Median microseconds of a launch of each graph; the graphs take turns.
+    fn time(&self, graphs: &[(Graph, usize)]) -> Result<Vec<f64>, Box<dyn Error>> {
+        let (start, end) = (self.device.event()?, self.device.event()?);
+        let mut times = vec![Vec::new(); graphs.len()];
+        for round in 0..8 {
+            for (times, (graph, launches)) in times.iter_mut().zip(graphs) {
+                self.stream.record(&start)?;
+                self.stream.replay(graph)?;
+                self.stream.record(&end)?;
+                let us = f64::from(start.elapsed_ms(&end)?) * 1e3 / *launches as f64;
+                if round > 0 {
+                    times.push(us);
+                }
+            }
+        }
+        Ok(times
+            .into_iter()
+            .map(|mut t| {
+                t.sort_by(f64::total_cmp);
+                t[t.len() / 2]
+            })
+            .collect())
+    }
+}
+
+/// Compiles every case with the NVRTC at `library`, no GPU needed, and prints registers and spills.
+fn compile(library: &std::path::Path, cases: &[Case]) -> Result<(), Box<dyn Error>> {
+    let jit = Jit::new(Some(library), None)?;
+    let mut seen = std::collections::HashSet::new();
+    for case in cases {
+        let mut key = (case.spec, case.variant);
+        if !seen.insert(key) {
+            continue;
+        }
+        // Shapes differ in trip counts only: one stands for all.
+        (key.0.n, key.0.k) = (4096, 4096);
+        let fits = case.variant.smem_bytes(&case.spec);
+        if !seen.insert(key) && (case.spec.n, case.spec.k) != (4096, 4096) {
+            continue;
+        }
+        let (_, log) = jit.report(&case.variant.source(&case.spec))?;
+        let lines: Vec<&str> = log
+            .lines()
+            .map(str::trim)
+            .filter(|l| l.contains("registers") || l.contains("spill") || l.contains("arning"))
+            .collect();
+        println!("{:?} {fits} B\n    {}", key, lines.join(" | "));
+    }
+    Ok(())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let modes: Vec<String> = std::env::args().skip(1).collect();
+    let (mut cases, mut compile_only) = (Vec::new(), None);
+    for mode in &modes {
+        match mode.as_str() {
+            "prefill" => prefill_cases(&mut cases),
+            "decode" => decode_cases(&mut cases),
+            "few" => few_cases(&mut cases),
+            "orders" => order_cases(&mut cases),
+            other if other.contains('/') => compile_only = Some(other.to_owned()),
+            other => return Err(format!("unknown mode {other}").into()),
+        }
+    }
+    if let Some(nvrtc) = &compile_only {
+        return compile(nvrtc.as_ref(), &cases);
+    }
+    let device = Device::open(0)?;
+    let jit = Jit::new(None, Some("/tmp/bitfast-kernels".into()))?;
+    println!("{}, NVRTC {:?}, {} cases", device.name(), jit.version(), cases.len());
+    let bench = Bench::new(device.clone(), &jit)?;
+
+    let mut keys: Vec<(LinearSpec, Variant)> = cases.iter().map(|c| (c.spec, c.variant)).collect();
+    keys.extend(cases.iter().map(|c| (c.spec, Variant::Reference)));
+    keys.sort_by_key(|k| format!("{k:?}"));
+    keys.dedup();
+    let (queue, kernels) = (Mutex::new(keys.clone()), Mutex::new(HashMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                device.bind().expect("context");
+                loop {
+                    let Some(key) = queue.lock().expect("queue").pop() else { break };
+                    let linear = Linear::new(&device, &jit, key.0, key.1);
+                    kernels.lock().expect("kernels").insert(key, linear);
+                }
+            });
+        }
+    });
+    let kernels = kernels.into_inner()?;
+    println!("{} kernels ready", kernels.len());
+
+    for group in cases.chunk_by(|a, b| (a.shape, a.tokens) == (b.shape, b.tokens)) {
+        run_group(&bench, &kernels, group)?;
+    }
+    Ok(())
+}
+
+type Kernels = HashMap<(LinearSpec, Variant), bitfast_cuda::Result<Linear>>;
+
+/// Checks every case of one (shape, tokens), then times them together.
+fn run_group(bench: &Bench, kernels: &Kernels, cases: &[Case]) -> Result<(), Box<dyn Error>> {
+    let get = |case: &Case, variant| kernels[&(case.spec, variant)].as_ref().map_err(|e| e.to_string());
+    let (mut reference, mut graphs, mut bad) = (None, Vec::new(), Vec::new());
+    for case in cases {
+        if reference != Some(case.spec.order) {
+            let plain = get(case, Variant::Reference)?;
+            plain
+                .call(&bench.x, &bench.w, 0, &bench.y_reference, case.tokens, Overlap::None)?
+                .launch(&bench.stream)?;
+            reference = Some(case.spec.order);
+        }
+        let linear = get(case, case.variant)?;
+        bench.y.fill(&bench.stream, 0xff)?;
+        linear.call(&bench.x, &bench.w, 0, &bench.y, case.tokens, Overlap::None)?.launch(&bench.stream)?;
+        bad.push(bench.differing(case.tokens * case.spec.n * 2)?);
+        graphs.push(bench.graph(linear, case)?);
+    }
+    for ((case, us), bad) in cases.iter().zip(bench.time(&graphs)?).zip(bad) {
+        let (shape, order) = (&SHAPES[case.shape], case.spec.order);
+        let plan = match case.variant {
+            Variant::Wide(v) => format!("128x{:<3} s{} c{}", v.tile, v.stages, v.cluster),
+            Variant::Narrow(v) => {
+                format!("{:>3}x{:<3} s{} ks{} occ{}", 64 * v.groups, v.tokens, v.stages, v.ksplit, v.min_ctas)
+            }
+            Variant::Few(v) => format!("few t{} nt{} s{}", v.tiles, v.token_eights, v.stages),
+            Variant::Reference => "reference".to_owned(),
+        };
+        let join = if order.join == Join::Tree { "tree" } else { "fold" };
+        let tflops = 2.0 * (shape.n * shape.k * case.tokens) as f64 / us / 1e6;
+        let tbs = ((shape.n * shape.k + case.tokens * (shape.n + shape.k)) * 2) as f64 / us / 1e6;
+        println!(
+            "{:<13} M={:<5} L={} {join} {plan:<20}  {us:8.2} us {tflops:6.1} TFLOP/s {tbs:5.2} TB/s  differ {bad}",
+            shape.name, case.tokens, order.leaves
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+// Linear for some tokens (16 to a few hundred): Y[M, N] = X[M, K] W[N, K]^T in the hopper order, as in linear_wide.cu, with the weights
+// on the 64-row side of the tensor core and the tokens on its n = TB side.
+//
+// A cluster of KSPLIT CTAs computes one tile of 64 * WGS outputs x TB tokens; each CTA has an equal run of leaves, and
+// partial tiles join through distributed shared memory. Weights are requested before the previous kernel in the stream has ended.
+//
+// Macros: N K LEAVES TREE LOGITS TB WGS STAGES KSPLIT MIN_CTAS
+#define ROWS (64 * WGS)
+#define A_BYTES (ROWS * 128)
+#define B_BYTES (TB * 128)
+#define STAGE_BYTES (A_BYTES + B_BYTES)
+#define CTA_LEAVES (LEAVES / KSPLIT)
+#define LEAF_BLOCKS ((K + 64 * LEAVES - 1) / (64 * LEAVES))
+#define CTA_BLOCKS (CTA_LEAVES * LEAF_BLOCKS)
+#define ACC (TB / 2)
+#define THREADS (128 * WGS + 32)
+#define PITCH (ROWS + 4) // of the fp32 tile [TB][ROWS + 4] in shared memory
+static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
+static_assert(KSPLIT == 1 || TREE || CTA_LEAVES == 1, "a fold splits into single leaves only");
+static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
+
+constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__(KSPLIT, 1, 1)
+    linear(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, void* __restrict__ y, int tokens) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 stage0 = smem_addr(smem), out_tile = stage0 + STAGES * STAGE_BYTES;
+    const u32 full = out_tile + TB * PITCH * 4, empty = full + 8 * STAGES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = threadIdx.x / 128;
+    const u32 rank = KSPLIT > 1 ? cluster_rank() : 0;
+    constexpr int N_TILES = (N + ROWS - 1) / ROWS;
+    const int tile = blockIdx.x / KSPLIT, n0 = tile % N_TILES * ROWS, m0 = tile / N_TILES * TB;
+
+    if (threadIdx.x == 128 * WGS) {
+        for (int s = 0; s < STAGES; s++) {
+            mbar_init(full + 8 * s, 1);
+            mbar_init(empty + 8 * s, 4 * WGS);
+        }
+        mbar_init_fence();
+        const int k0 = rank * CTA_BLOCKS * 64;
+        auto load_w = [&](int i) { tma_load_2d(stage0 + i % STAGES * STAGE_BYTES, &map_w, k0 + i * 64, n0, full + 8 * (i % STAGES), CACHE_EVICT_FIRST); };
+        auto load_x = [&](int i) { tma_load_2d(stage0 + i % STAGES * STAGE_BYTES + A_BYTES, &map_x, k0 + i * 64, m0, full + 8 * (i % STAGES), CACHE_EVICT_LAST); };
+        constexpr int EARLY = STAGES < CTA_BLOCKS ? STAGES : CTA_BLOCKS;
+        for (int i = 0; i < EARLY; i++) {
+            mbar_expect_tx(full + 8 * i, STAGE_BYTES);
+            load_w(i);
+        }
+        wait_for_producers();
+        for (int i = 0; i < EARLY; i++) load_x(i);
+    }
+    launch_dependents();
+    __syncthreads();
+
+    if (warp == 4 * WGS) {
+        if (lane == 0) {
+            const int k0 = rank * CTA_BLOCKS * 64;
+            Ring ring = {0, 0};
+            for (int i = STAGES; i < CTA_BLOCKS; i++, ring.next()) {
+                const u32 bar = full + 8 * ring.slot, at = stage0 + ring.slot * STAGE_BYTES;
+                mbar_wait(empty + 8 * ring.slot, ring.phase);
+                mbar_expect_tx(bar, STAGE_BYTES);
+                tma_load_2d(at, &map_w, k0 + i * 64, n0, bar, CACHE_EVICT_FIRST);
+                tma_load_2d(at + A_BYTES, &map_x, k0 + i * 64, m0, bar, CACHE_EVICT_LAST);
+            }
+        }
+    } else {
+        Ring ring = {0, 0};
+        Sums<ACC, ACC, ACC, ACC> sums;
+#pragma unroll LEAF_UNROLL
+        for (int leaf = 0; leaf < CTA_LEAVES; leaf++) {
+            u32 previous = 0;
+#pragma unroll 1
+            for (int kb = 0; kb < LEAF_BLOCKS; kb++) {
+                const u32 s = ring.slot;
+                mbar_wait(full + 8 * s, ring.phase);
+                const u64 a = wgmma_desc(stage0 + s * STAGE_BYTES + wg * 64 * 128);
+                const u64 b = wgmma_desc(stage0 + s * STAGE_BYTES + A_BYTES);
+                wgmma_fence();
+#pragma unroll
+                for (int c = 0; c < 4; c++) wgmma_tb(sums.acc, a + 2 * c, b + 2 * c, kb | c);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (kb > 0 && lane == 0) mbar_arrive(empty + 8 * previous);
+                previous = s;
+                ring.next();
+            }
+            wgmma_wait<0>();
+            if (lane == 0) mbar_arrive(empty + 8 * previous);
+            if (CTA_LEAVES > 1) sums.join(leaf, CTA_LEAVES);
+        }
+        const float* result = CTA_LEAVES > 1 ? sums.level0.reg : sums.acc;
+        float* out = (float*)(smem + STAGES * STAGE_BYTES);
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int j = 0; j < TB / 8; j++)
+#pragma unroll
+            for (int q = 0; q < 4; q++) out[(j * 8 + 2 * t + (q & 1)) * PITCH + warp * 16 + g + (q >> 1) * 8] = result[j * 4 + q];
+    }
+    if (KSPLIT > 1) cluster_sync();
+    else __syncthreads();
+    // CTA r joins and writes every KSPLIT-th token, 4 outputs a thread.
+    for (int i = threadIdx.x; i < TB / KSPLIT * (ROWS / 4); i += THREADS) {
+        const int token = i / (ROWS / 4) * KSPLIT + rank, col = i % (ROWS / 4) * 4;
+        const long m = m0 + token;
+        const int n = n0 + col;
+        if (m >= tokens || n >= N) continue;
+        const u32 at = out_tile + (token * PITCH + col) * 4;
+        float4 v[KSPLIT];
+#pragma unroll
+        for (int r = 0; r < KSPLIT; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at, r);
+        if (TREE) {
+#pragma unroll
+            for (int h = 1; h < KSPLIT; h *= 2)
+#pragma unroll
+                for (int r = 0; r < KSPLIT; r += 2 * h) v[r] = add4(v[r], v[r + h]);
+        } else {
+#pragma unroll
+            for (int r = 1; r < KSPLIT; r++) v[0] = add4(v[0], v[r]);
+        }
+        if (N % 4 == 0) {
+            if (LOGITS) *(float4*)((float*)y + m * N + n) = v[0];
+            else *(uint2*)((bf16*)y + m * N + n) = make_uint2(pack_bf16(v[0].x, v[0].y), pack_bf16(v[0].z, v[0].w));
+        } else {
+            const float e[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
+            for (int q = 0; q < 4 && n + q < N; q++) {
+                if (LOGITS) ((float*)y)[m * N + n + q] = e[q];
+                else ((bf16*)y)[m * N + n + q] = (bf16)pack_bf16(e[q], 0.f);
+            }
+        }
+    }
+    if (KSPLIT > 1) cluster_sync(); // a peer may still read this CTA's tile
+}

@@ -1,0 +1,42 @@
+// The plainest linear in the hopper order: one warp a tile of 16 outputs x 8 tokens, leaf after leaf, straight from
+// global memory. The referee of the fast kernels on the device itself, and part of the self-check.
+//
+// Macros: N K LEAVES TREE LOGITS
+extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__ x, const bf16* __restrict__ w, void* __restrict__ y, int tokens) {
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    const int n0 = blockIdx.x * 16;
+    const long m0 = (long)blockIdx.y * 8;
+    auto pair = [](const bf16* p, bool row_exists, int k) -> u32 {
+        u32 lo = row_exists && k < K ? p[k] : 0, hi = row_exists && k + 1 < K ? p[k + 1] : 0;
+        return lo | hi << 16;
+    };
+    const bool a0 = n0 + g < N, a1 = n0 + g + 8 < N, b0 = m0 + g < tokens;
+    const bf16 *w0 = w + (long)(n0 + g) * K, *w1 = w0 + 8l * K, *x0 = x + (m0 + g) * K;
+    constexpr int LEAF = (K + LEAVES - 1) / LEAVES;
+    float v[LEAVES][4];
+#pragma unroll
+    for (int leaf = 0; leaf < LEAVES; leaf++) {
+        float c[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int k = leaf * LEAF; k < (leaf + 1) * LEAF; k += 16) {
+            int p = k + 2 * t;
+            mma_16816(c, pair(w0, a0, p), pair(w1, a1, p), pair(w0, a0, p + 8), pair(w1, a1, p + 8), pair(x0, b0, p), pair(x0, b0, p + 8));
+        }
+        for (int q = 0; q < 4; q++) v[leaf][q] = c[q];
+    }
+    for (int q = 0; q < 4; q++) {
+        if (TREE) {
+#pragma unroll
+            for (int h = 1; h < LEAVES; h *= 2)
+#pragma unroll
+                for (int i = 0; i < LEAVES; i += 2 * h) v[i][q] = __fadd_rn(v[i][q], v[i + h][q]);
+        } else {
+#pragma unroll
+            for (int i = 1; i < LEAVES; i++) v[0][q] = __fadd_rn(v[0][q], v[i][q]);
+        }
+        long m = m0 + 2 * t + (q & 1);
+        int n = n0 + g + (q >> 1) * 8;
+        if (m >= tokens || n >= N) continue;
+        if (LOGITS) ((float*)y)[m * N + n] = v[0][q];
+        else ((bf16*)y)[m * N + n] = (bf16)pack_bf16(v[0][q], 0.f);
+    }
+}

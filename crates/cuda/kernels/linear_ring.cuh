@@ -1,0 +1,78 @@
+// Shared by the warpgroup linears: the ring of TMA slots, the stack of running sums, the order of tiles.
+
+struct Ring {
+    u32 slot, phase;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+};
+
+// Running sums of one level: S floats a thread, the first R in registers, the others in shared memory, 512 bytes a
+// warp for every four.
+template <int S, int R> struct Level {
+    float reg[R > 0 ? R : 1];
+    u32 spill; // this lane's 16 bytes
+    __device__ __forceinline__ float4 get(int i) const {
+        return i < R ? make_float4(reg[i], reg[i + 1], reg[i + 2], reg[i + 3]) : smem_load4(spill + (i - R) * 128);
+    }
+    __device__ __forceinline__ void put(int i, float4 v) {
+        if (i < R) reg[i] = v.x, reg[i + 1] = v.y, reg[i + 2] = v.z, reg[i + 3] = v.w;
+        else smem_store4(spill + (i - R) * 128, v.x, v.y, v.z, v.w);
+    }
+};
+
+__device__ __forceinline__ float4 add4(float4 p, float4 q) {
+    return make_float4(__fadd_rn(p.x, q.x), __fadd_rn(p.y, q.y), __fadd_rn(p.z, q.z), __fadd_rn(p.w, q.w));
+}
+
+// An accumulator of S floats a thread and the sums of the leaves before it.
+template <int S, int R0, int R1, int R2> struct Sums {
+    float acc[S];
+    Level<S, R0> level0; // after the last leaf: the result, so that acc is free for the next tile
+    Level<S, R1> level1;
+    Level<S, R2> level2;
+
+    // `area`: this warp's shared memory for sums.
+    __device__ __forceinline__ void place(u32 area, int lane) {
+        level0.spill = area + lane * 16;
+        level1.spill = level0.spill + (S - R0) * 128;
+        level2.spill = level1.spill + (LEVELS > 1 ? S - R1 : 0) * 128;
+    }
+
+    // acc holds leaf `leaf` of `leaves`: join it with what it completes.
+    __device__ __forceinline__ void join(int leaf, int leaves) {
+        if (!TREE) {
+            // Zero plus the first leaf is that leaf (no chain ends in -0), and a copy would tie two sets of registers together.
+            if (leaf == 0) step<1, 0, true>();
+            else step<1, 1, false>();
+        } else if (leaf + 1 == leaves) { // leaf, leaves are compile-time constants here
+            step<1, LEVELS, false>();
+        } else if (!(leaf & 1)) step<1, 0, false>();
+        else if (!(leaf & 2)) step<2, 1, false>();
+        else step<3, 2, false>();
+    }
+
+private:
+    // Adds the sums of the first ADD levels to acc, or zero; the result goes to level TO - 1.
+    template <int TO, int ADD, bool ZERO> __device__ __forceinline__ void step() {
+#pragma unroll
+        for (int i = 0; i < S; i += 4) {
+            float4 v = make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+            if (ZERO) v = add4(make_float4(0.f, 0.f, 0.f, 0.f), v);
+            if (ADD > 0) v = add4(level0.get(i), v);
+            if (ADD > 1) v = add4(level1.get(i), v);
+            if (ADD > 2) v = add4(level2.get(i), v);
+            if (TO == 1) level0.put(i, v);
+            if (TO == 2) level1.put(i, v);
+            if (TO == 3) level2.put(i, v);
+        }
+    }
+};
+
+// Groups of GROUP A tiles share the B tiles that stream past them.
+__device__ __forceinline__ void tile_at(int tile, int a_tiles, int b_tiles, int& a, int& b) {
+    int per_group = GROUP * b_tiles, group = tile / per_group, rest = tile % per_group;
+    int height = min(GROUP, a_tiles - group * GROUP);
+    a = group * GROUP + rest % height;
+    b = rest / height;
+}

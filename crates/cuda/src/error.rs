@@ -1,0 +1,65 @@
+/// What the CUDA backend can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// libcuda could not be loaded: no NVIDIA driver on this machine.
+    #[error("no NVIDIA driver: {0}")]
+    NoDriver(String),
+    /// The driver or NVRTC lacks a function that Bitfast needs.
+    #[error("{library} is too old: it has no {symbol} (CUDA 12.4 or newer is needed)")]
+    MissingSymbol {
+        /// Which library.
+        library: &'static str,
+        /// The function.
+        symbol: &'static str,
+    },
+    /// There is a driver but no such device.
+    #[error("no CUDA device {ordinal}: the driver sees {count}")]
+    NoDevice {
+        /// The device asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The device is of an architecture without kernels or without a proven numerics class.
+    #[error("{name} has compute capability {major}.{minor}; Bitfast's hopper class needs 9.0 (H100, H200)")]
+    Architecture {
+        /// Device name.
+        name: String,
+        /// Compute capability.
+        major: i32,
+        /// Compute capability.
+        minor: i32,
+    },
+    /// A driver call failed.
+    #[error("{call} failed: {name} ({message})")]
+    Call {
+        /// The driver function.
+        call: &'static str,
+        /// The error's name.
+        name: String,
+        /// The driver's words.
+        message: String,
+    },
+    /// NVRTC could not be loaded.
+    #[error("NVRTC not found ({0}); install the CUDA runtime compiler (libnvrtc) of CUDA 12.4 or newer")]
+    NoNvrtc(String),
+    /// A kernel did not compile: a bug.
+    #[error("kernel {kernel} did not compile:\n{log}")]
+    Compile {
+        /// Kernel name and its macros.
+        kernel: String,
+        /// The compiler's words.
+        log: String,
+    },
+    /// The kernel cache could not be read or written.
+    #[error("kernel cache {path}: {source}")]
+    Cache {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T, E = CudaError> = std::result::Result<T, E>;

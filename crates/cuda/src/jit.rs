@@ -1,0 +1,200 @@
+//! NVRTC at run time: kernel source and macros -> cubin for sm_90a, kept on disk.
+//!
+//! Always a cubin, never PTX: the driver would compile PTX anew, and bits could move with its version. The cache key
+//! is a hash of everything that the bytes depend on: source, flags, architecture, NVRTC version.
+
+use std::ffi::{CString, c_char};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use libloading::Library;
+
+use crate::driver::NvrtcApi;
+use crate::{CudaError, Result};
+
+/// The only architecture with kernels so far.
+pub const ARCH: &str = "sm_90a";
+
+const PRELUDE: &str = include_str!("../kernels/prelude.cuh");
+const FLAGS: [&str; 4] = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", "-fmad=false"];
+
+/// A kernel to compile: one `.cu` file and the macros that specialise it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct KernelSource {
+    /// Its name, for errors and cache files.
+    pub name: &'static str,
+    /// Files it is made of, in order.
+    pub parts: &'static [&'static str],
+    /// Macros, in order.
+    pub defines: Vec<(&'static str, i64)>,
+    /// `Some(n)`: provide `wgmma_tb`, one m64n(n)k16 bf16 step.
+    pub wgmma_n: Option<usize>,
+}
+
+impl KernelSource {
+    /// What NVRTC is given.
+    fn program(&self) -> String {
+        let mut program = String::from(PRELUDE);
+        if let Some(n) = self.wgmma_n {
+            program += &wgmma_wrapper(n);
+        }
+        for (name, value) in &self.defines {
+            writeln!(program, "#define {name} {value}").expect("a String grows");
+        }
+        for part in self.parts {
+            // Errors name the part's own lines.
+            writeln!(program, "#line 1 \"{}\"", self.name).expect("a String grows");
+            program += part;
+        }
+        program
+    }
+
+    /// Name and macros, for errors and reports.
+    pub fn label(&self) -> String {
+        let mut label = self.name.to_owned();
+        for (name, value) in &self.defines {
+            write!(label, " {name}={value}").expect("a String grows");
+        }
+        label
+    }
+}
+
+/// The compiler, loaded when first needed.
+pub struct Jit {
+    nvrtc: NvrtcApi,
+    version: (i32, i32),
+    cache: Option<PathBuf>,
+}
+
+impl Jit {
+    /// Loads NVRTC, from `library` or else by its usual names, and keeps cubins under `cache` if given.
+    ///
+    /// # Errors
+    /// NVRTC is absent or too old.
+    pub fn new(library: Option<&Path>, cache: Option<PathBuf>) -> Result<Self> {
+        let nvrtc = NvrtcApi::new(load(library)?)
+            .map_err(|symbol| CudaError::MissingSymbol { library: "NVRTC", symbol })?;
+        let mut version = (0, 0);
+        // SAFETY: writes two ints.
+        unsafe { (nvrtc.version)(&raw mut version.0, &raw mut version.1) };
+        Ok(Self { nvrtc, version, cache })
+    }
+
+    /// NVRTC's (major, minor).
+    pub fn version(&self) -> (i32, i32) {
+        self.version
+    }
+
+    /// The cubin of `source`, from the cache or compiled now.
+    ///
+    /// # Errors
+    /// A compile error (a bug) or a cache folder that cannot be written.
+    pub fn cubin(&self, source: &KernelSource) -> Result<Vec<u8>> {
+        let program = source.program();
+        let Some(dir) = &self.cache else { return Ok(self.compile(source, &program, &[])?.0) };
+        let path = dir.join(format!("{}-{}.cubin", source.name, self.key(&program)));
+        if let Ok(bytes) = std::fs::read(&path) {
+            return Ok(bytes);
+        }
+        let (cubin, _) = self.compile(source, &program, &[])?;
+        let failed = |source| CudaError::Cache { path: path.display().to_string(), source };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        // Whole or absent: a reader never sees half a file, and two writers write the same bytes.
+        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        std::fs::write(&temporary, &cubin).map_err(failed)?;
+        std::fs::rename(&temporary, &path).map_err(failed)?;
+        Ok(cubin)
+    }
+
+    /// Compiles without the cache and returns the assembler's report (registers, spills) beside the cubin.
+    ///
+    /// # Errors
+    /// A compile error.
+    pub fn report(&self, source: &KernelSource) -> Result<(Vec<u8>, String)> {
+        self.compile(source, &source.program(), &["--ptxas-options=-v"])
+    }
+
+    fn key(&self, program: &str) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for part in [program, &FLAGS.join(" "), ARCH, &format!("{:?}", self.version)] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+        hasher.finalize().to_hex()[..32].to_owned()
+    }
+
+    fn compile(&self, source: &KernelSource, program: &str, extra: &[&str]) -> Result<(Vec<u8>, String)> {
+        let text = CString::new(program).expect("kernel sources have no NUL");
+        let name = CString::new(format!("{}.cu", source.name)).expect("kernel names have no NUL");
+        let options: Vec<CString> =
+            FLAGS.iter().chain(extra).map(|o| CString::new(*o).expect("options have no NUL")).collect();
+        let options: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
+        let mut handle = std::ptr::null_mut();
+        let none = std::ptr::null();
+        // SAFETY: terminated strings, live over the calls; sizes come from the compiler itself.
+        unsafe {
+            (self.nvrtc.create)(&raw mut handle, text.as_ptr(), name.as_ptr(), 0, none, none);
+            let status = (self.nvrtc.compile)(handle, options.len() as i32, options.as_ptr());
+            let mut size = 0;
+            (self.nvrtc.log_size)(handle, &raw mut size);
+            let mut log = vec![0u8; size];
+            (self.nvrtc.log)(handle, log.as_mut_ptr().cast());
+            let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
+            let mut cubin = Vec::new();
+            if status == 0 {
+                (self.nvrtc.cubin_size)(handle, &raw mut size);
+                cubin.resize(size, 0);
+                (self.nvrtc.cubin)(handle, cubin.as_mut_ptr().cast());
+            }
+            (self.nvrtc.destroy)(&raw mut handle);
+            if cubin.is_empty() {
+                return Err(CudaError::Compile { kernel: source.label(), log });
+            }
+            Ok((cubin, log))
+        }
+    }
+}
+
+fn load(library: Option<&Path>) -> Result<Library> {
+    if let Some(path) = library {
+        // NVRTC looks its builtins up by bare name: load them first, from beside it.
+        let builtins =
+            path.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+        for entry in builtins {
+            let name = entry.file_name();
+            if name.to_string_lossy().starts_with("libnvrtc-builtins.so") {
+                // SAFETY: a vendor library without initialisers of note; kept loaded for good.
+                if let Ok(lib) = unsafe { Library::new(entry.path()) } {
+                    std::mem::forget(lib);
+                }
+            }
+        }
+        // SAFETY: as above.
+        return unsafe { Library::new(path) }.map_err(|e| CudaError::NoNvrtc(e.to_string()));
+    }
+    let mut last = String::new();
+    for name in ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so"] {
+        // SAFETY: as above.
+        match unsafe { Library::new(name) } {
+            Ok(lib) => return Ok(lib),
+            Err(e) => last = e.to_string(),
+        }
+    }
+    Err(CudaError::NoNvrtc(last))
+}
+
+/// `wgmma_tb(d, a, b, scale_d)`: d = a b + (scale_d ? d : 0), one bf16 step of 16 k, d in `n / 2` registers a thread.
+fn wgmma_wrapper(n: usize) -> String {
+    assert!(n.is_multiple_of(8) && (8..=256).contains(&n), "wgmma has no n = {n}");
+    let r = n / 2;
+    let list = |f: &dyn Fn(usize) -> String| (0..r).map(f).collect::<Vec<_>>().join(", ");
+    let (regs, outs) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
+    format!(
+        "__device__ __forceinline__ void wgmma_tb(float (&d)[{r}], u64 a, u64 b, int scale_d) {{\n\
+         asm volatile(\"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\
+         wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{regs}}}, %{r}, %{}, p, 1, 1, 0, 0;\\n}}\" : {outs} \
+         : \"l\"(a), \"l\"(b), \"r\"(scale_d));\n}}\n",
+        r + 2,
+        r + 1
+    )
+}

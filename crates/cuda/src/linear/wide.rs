@@ -1,0 +1,68 @@
+use super::{LinearSpec, Output, SMEM_LIMIT, levels};
+use crate::jit::KernelSource;
+
+/// Launch plan of `kernels/linear_wide.cu`; see there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Wide {
+    /// Outputs of a tile: a multiple of 64, at most 256.
+    pub tile: usize,
+    /// Ring slots of 64 k.
+    pub stages: usize,
+    /// Blocks of a cluster that share the weight tile by multicast.
+    pub cluster: usize,
+    /// Token tiles (of a cluster each) that pass a weight tile together.
+    pub raster: usize,
+    /// Buffers a warp for output on its way to memory, of 16 rows each.
+    pub out_buffers: usize,
+    /// Columns of such a buffer: 32 or 64.
+    pub out_cols: usize,
+    /// Floats a thread of each level of sums kept in registers, a multiple of 4; the first level also holds the result.
+    pub regs: [usize; 3],
+}
+
+impl Wide {
+    /// Threads of a block: two consumer warpgroups and the producer's.
+    pub(super) const THREADS: u32 = 384;
+    /// Tokens of a tile.
+    pub(super) const TOKENS: usize = 128;
+
+    pub(super) fn source(&self, spec: &LinearSpec) -> KernelSource {
+        assert!(spec.output == Output::Bf16, "linear_wide writes bf16 only");
+        let mut defines = spec.defines();
+        defines.extend([
+            ("TB", self.tile as i64),
+            ("STAGES", self.stages as i64),
+            ("CLUSTER", self.cluster as i64),
+            ("OUT_BUFFERS", self.out_buffers as i64),
+            ("OUT_COLS", self.out_cols as i64),
+            ("GROUP", self.raster as i64),
+            ("REGS0", self.regs[0] as i64),
+            ("REGS1", self.regs[1] as i64),
+            ("REGS2", self.regs[2] as i64),
+            ("LEVELS", levels(spec.order.leaves, spec.order.join) as i64),
+        ]);
+        KernelSource {
+            name: "linear_wide",
+            parts: &[
+                include_str!("../../kernels/linear_ring.cuh"),
+                include_str!("../../kernels/linear_wide.cu"),
+            ],
+            defines,
+            wgmma_n: Some(self.tile),
+        }
+    }
+
+    pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
+        let levels = levels(spec.order.leaves, spec.order.join).max(1);
+        let spill: usize = self.regs[..levels].iter().map(|r| self.tile / 2 - r).sum();
+        let area = self.out_buffers * self.out_cols * 32 + spill * 128;
+        let bytes = self.stages * (Self::TOKENS + self.tile) * 128 + 8 * area + 16 * self.stages;
+        assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
+        bytes
+    }
+
+    pub(super) fn grid(&self, spec: &LinearSpec, tokens: usize, sms: usize) -> [u32; 3] {
+        let tiles = tokens.div_ceil(Self::TOKENS * self.cluster) * spec.n.div_ceil(self.tile);
+        [(tiles.min(sms / self.cluster) * self.cluster) as u32, 1, 1]
+    }
+}
