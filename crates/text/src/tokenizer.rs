@@ -7,7 +7,7 @@ mod pre;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::chat::{ChatTemplate, TemplateError};
+use crate::chat::{ChatTemplate, TemplateError, TemplateTokens};
 use crate::detokenizer::{Detokenizer, Placement, SpecialTokens};
 pub use error::TokenizerError;
 pub use gguf::GgufVocab;
@@ -25,6 +25,7 @@ struct Shared {
     pieces: Arc<Pieces>,
     bos: Option<u32>,
     eos: Vec<u32>,
+    template_tokens: TemplateTokens,
     chat_template: Result<ChatTemplate, TemplateError>,
 }
 
@@ -104,6 +105,11 @@ impl Tokenizer {
     /// The id of a token by its name in the vocabulary, such as `<|im_end|>`.
     pub fn token_id(&self, name: &str) -> Option<u32> {
         self.shared.encoder.token_to_id(name)
+    }
+
+    /// The tokens that the model's chat template can name; for a template from elsewhere.
+    pub fn template_tokens(&self) -> &TemplateTokens {
+        &self.shared.template_tokens
     }
 
     /// The model's chat template, or why there is none.

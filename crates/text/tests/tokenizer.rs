@@ -143,6 +143,7 @@ fn a_folder() {
     assert_eq!(tokenizer.encode("hi hi</s>é", true).unwrap(), [0, 4, 6, 1, 7, 8]);
     assert_eq!(tokenizer.decode(&[0, 4, 6, 13, 1], SpecialTokens::Skip), "hi hi<tool>");
     assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(0), &[1, 13][..]));
+    assert_eq!(tokenizer.template_tokens().eos.as_deref(), Some("</s>"));
     let render = |tokenizer: &Tokenizer| {
         let message = bitfast_text::ChatMessage::new("user", "x");
         let options = bitfast_text::RenderOptions::at(bitfast_text::UnixTime(0));

@@ -19,9 +19,9 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, TokenizerError> {
             config.insert(key, value);
         }
     }
-    let tokens = template_tokens(&config);
+    let template_tokens = template_tokens(&config);
     let id_of = |name: &Option<String>| name.as_deref().and_then(|name| encoder.token_to_id(name));
-    let (bos, first_eos) = (id_of(&tokens.bos), id_of(&tokens.eos));
+    let (bos, first_eos) = (id_of(&template_tokens.bos), id_of(&template_tokens.eos));
     if let Some((begin, end)) = class_surrounds(&config) {
         let template = surround(&encoder, bos.filter(|_| begin), first_eos.filter(|_| end))?;
         encoder.with_post_processor(template);
@@ -30,8 +30,8 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, TokenizerError> {
     eos.sort_unstable();
     eos.dedup();
     let pieces = pieces(&encoder, &dir.join("tokenizer.json"))?;
-    let chat_template = chat_template(dir, &config, tokens)?;
-    let shared = Shared { encoder, pieces: Arc::new(pieces), bos, eos, chat_template };
+    let chat_template = chat_template(dir, &config, template_tokens.clone())?;
+    let shared = Shared { encoder, pieces: Arc::new(pieces), bos, eos, template_tokens, chat_template };
     Ok(Tokenizer { shared: Arc::new(shared) })
 }
 

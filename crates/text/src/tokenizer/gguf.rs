@@ -82,21 +82,20 @@ pub(super) fn build(vocab: GgufVocab) -> Result<Tokenizer, TokenizerError> {
     });
     let pieces = Pieces::new(tokens, style)?;
     let name_of = |id: u32| vocab.tokens.get(id as usize).cloned();
+    let template_tokens = TemplateTokens {
+        bos: vocab.bos_id.and_then(name_of),
+        eos: vocab.eos_ids.first().copied().and_then(name_of),
+        ..TemplateTokens::default()
+    };
     let chat_template = match &vocab.chat_template {
-        Some(source) => {
-            let tokens = TemplateTokens {
-                bos: vocab.bos_id.and_then(name_of),
-                eos: vocab.eos_ids.first().copied().and_then(name_of),
-                ..TemplateTokens::default()
-            };
-            ChatTemplate::new(source, tokens)
-        }
+        Some(source) => ChatTemplate::new(source, template_tokens.clone()),
         None => Err(TemplateError::Missing),
     };
     let mut eos = vocab.eos_ids.clone();
     eos.sort_unstable();
     eos.dedup();
-    let shared = Shared { encoder, pieces: Arc::new(pieces), bos: vocab.bos_id, eos, chat_template };
+    let shared =
+        Shared { encoder, pieces: Arc::new(pieces), bos: vocab.bos_id, eos, template_tokens, chat_template };
     Ok(Tokenizer { shared: Arc::new(shared) })
 }
 
