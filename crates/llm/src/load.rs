@@ -7,7 +7,7 @@ use bitfast_engine::EngineHandle;
 use bitfast_model::{
     DummySource, GenerationConfig, Gguf, GgufSource, MetaValue, ModelConfig, SafetensorsSource, WeightSource,
 };
-use bitfast_text::{ChatTemplate, GgufVocab, TemplateTokens, Tokenizer};
+use bitfast_text::{ChatTemplate, GgufVocab, Tokenizer};
 
 use crate::args::{EngineArgs, LoadFormat};
 use crate::error::{Error, Result};
@@ -134,15 +134,7 @@ fn other_tokenizer(name: &str, on_fetch: OnProgress<'_>) -> Result<Tokenizer> {
 
 fn template(path: &Path, tokenizer: Option<&Tokenizer>) -> Result<ChatTemplate> {
     let source = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-    let name = |id: u32| {
-        let bytes = tokenizer?.token_bytes(id)?;
-        Some(String::from_utf8_lossy(bytes).into_owned())
-    };
-    let tokens = TemplateTokens {
-        bos: tokenizer.and_then(Tokenizer::bos).and_then(name),
-        eos: tokenizer.and_then(|t| t.eos().first().copied()).and_then(name),
-        ..TemplateTokens::default()
-    };
+    let tokens = tokenizer.map(|t| t.template_tokens().clone()).unwrap_or_default();
     ChatTemplate::new(&source, tokens).map_err(|e| Error::file(path, e))
 }
 
