@@ -64,7 +64,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
     bar.finish_and_clear();
     failure?;
     if !quiet {
-        eprintln!("{} answers in {}", total - refused, output.display());
+        eprintln!("{} of {total} prompts are answered in {}", total - refused, output.display());
     }
     if refused > 0 { Err(Exit::Reported(2)) } else { Ok(()) }
 }

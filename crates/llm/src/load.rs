@@ -50,7 +50,9 @@ pub(crate) fn load(args: &EngineArgs, on_fetch: OnProgress<'_>) -> Result<Parts>
     let tokenizer = match &args.tokenizer {
         _ if args.skip_tokenizer_init => None,
         Some(name) => Some(other_tokenizer(name, on_fetch)?),
-        None => own_tokenizer().map_err(|e| bad(&e))?,
+        None => own_tokenizer().map_err(|e| {
+            bad(&format!("{e} (another can be named as tokenizer; skip_tokenizer_init needs none)"))
+        })?,
     };
     let chat_template =
         args.chat_template.as_deref().map(|path| template(path, tokenizer.as_ref())).transpose()?;
