@@ -2,7 +2,7 @@ use std::sync::OnceLock;
 
 use bitfast_ops::{
     AttnDesc, Backend, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc, LinearKind,
-    NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, bf16,
+    NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow,
 };
 
 use crate::attention::attention;
@@ -252,20 +252,5 @@ impl Backend for CpuBackend {
     fn poison_blocks(&mut self, kv: &mut Kv, blocks: &[u32]) -> Result<()> {
         blocks.iter().for_each(|block| kv.poison(*block as usize));
         Ok(())
-    }
-}
-
-/// Test access to rows: what a test compares with the reference.
-impl CpuBackend {
-    /// Copies `data` (dense, bf16) into the first rows of `x`.
-    pub fn write_bf16(&self, x: &mut Tensor, data: &[bf16]) {
-        for (i, row) in data.chunks_exact(x.cols()).enumerate() {
-            x.row_mut(i).copy_from_slice(row);
-        }
-    }
-
-    /// The first `rows` rows of a bf16 tensor, dense.
-    pub fn read_bf16(&self, x: &Tensor, rows: usize) -> Vec<bf16> {
-        (0..rows).flat_map(|row| x.row(row)).copied().collect()
     }
 }

@@ -19,6 +19,9 @@ const PANEL_N: usize = PANEL * TILE_N;
 /// How far ahead a product of few rows fetches its weights, in bytes: two chunks of a panel.
 const STREAM_AHEAD: usize = 2 * PANEL * B_TILE;
 
+/// Bytes of A that stay in a core's second-level cache beside the weights that stream through it.
+const GROUP_BYTES: usize = 768 << 10;
+
 /// What becomes of the sums.
 #[derive(Clone, Copy)]
 pub(crate) enum Output<'a> {
@@ -77,19 +80,22 @@ pub(crate) fn linear(
         AForm::Bf16 => x.bytes(),
         AForm::F32 => widen_rows(workers, x, rows, w.chunks() * CHUNK)?,
     };
-    let blocks = RowBlocks::new(path, rows);
+    let blocks = RowBlocks::new(path, rows, a_stride);
     workers.reserve(leaves.count * blocks.capacity * PANEL_N * 4)?;
     let job = Job { w, path, leaves, blocks, a, a_stride, out };
-    workers.run(true, w.tiles().div_ceil(PANEL), |scratch, claims| {
+    let panels = w.tiles().div_ceil(PANEL);
+    workers.run(true, blocks.groups() * panels, |scratch, claims| {
         let _session = PathSession::enter(path);
-        for panel in claims {
-            job.tiles(isa, panel * PANEL..w.tiles().min((panel + 1) * PANEL), scratch.cast());
+        let mut last_group = None;
+        for item in claims {
+            let (group, panel) = (item / panels, item % panels);
+            job.panel(isa, panel, group, last_group.replace(group) != Some(group), scratch.cast());
         }
     });
     Ok(())
 }
 
-/// How the rows of a batch are cut into blocks of C.
+/// How the rows of a batch are cut into blocks of C, and the blocks into groups whose A stays in the cache.
 #[derive(Clone, Copy)]
 struct RowBlocks {
     rows: usize,
@@ -97,16 +103,32 @@ struct RowBlocks {
     size: usize,
     /// Rows that a block has room for.
     capacity: usize,
+    /// Blocks per group.
+    group: usize,
 }
 
 impl RowBlocks {
-    fn new(path: Path, rows: usize) -> Self {
-        if path.a_form() == AForm::Bf16 {
-            return Self { rows, size: 32, capacity: 32 };
-        }
-        // Multiples of what the kernels take, evenly filled.
-        let blocks = rows.div_ceil(24);
-        Self { rows, size: rows.div_ceil(blocks), capacity: 24 }
+    fn new(path: Path, rows: usize, a_stride: usize) -> Self {
+        let (size, capacity) = match path.a_form() {
+            AForm::Bf16 => (32, 32),
+            // Multiples of what the kernels take, evenly filled.
+            AForm::F32 => (rows.div_ceil(rows.div_ceil(24)), 24),
+        };
+        let blocks = rows.div_ceil(size);
+        let groups = blocks.div_ceil((GROUP_BYTES / (size * a_stride)).max(1));
+        Self { rows, size, capacity, group: blocks.div_ceil(groups) }
+    }
+
+    fn blocks(self) -> usize {
+        self.rows.div_ceil(self.size)
+    }
+
+    fn groups(self) -> usize {
+        self.blocks().div_ceil(self.group)
+    }
+
+    fn rows_of(self, block: usize) -> Range<usize> {
+        block * self.size..self.rows.min((block + 1) * self.size)
     }
 }
 
@@ -125,33 +147,46 @@ struct Job<'a> {
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// All rows of some tiles of one panel.
-    fn tiles(&self, isa: Isa, tiles: Range<usize>, c: *mut f32) {
+    /// One panel for the rows of one group; `fresh` says that this thread has not seen these rows yet.
+    fn panel(&self, isa: Isa, panel: usize, group: usize, fresh: bool, c: *mut f32) {
         let Leaves { count, join } = self.leaves;
-        for first in (0..self.blocks.rows).step_by(self.blocks.size) {
-            let rows = self.blocks.size.min(self.blocks.rows - first);
-            self.fetch_next_panel(tiles.end, first);
-            let leaf_len = self.blocks.capacity * PANEL_N;
-            // SAFETY: this thread's scratch; `linear` reserved this much.
-            let c = unsafe { std::slice::from_raw_parts_mut(c, count * leaf_len) };
+        let tiles = panel * PANEL..self.w.tiles().min((panel + 1) * PANEL);
+        let leaf_len = self.blocks.capacity * PANEL_N;
+        // SAFETY: this thread's scratch; `linear` reserved this much.
+        let c = unsafe { std::slice::from_raw_parts_mut(c, count * leaf_len) };
+        let blocks = group * self.blocks.group..self.blocks.blocks().min((group + 1) * self.blocks.group);
+        for block in blocks.clone() {
+            let rows = self.blocks.rows_of(block);
+            if blocks.len() > 1 {
+                self.fetch_next_panel(tiles.end, share_of(&blocks, block));
+                if fresh && block + 1 < blocks.end {
+                    self.fetch_rows(self.blocks.rows_of(block + 1));
+                }
+            }
             for (leaf, c) in c.chunks_exact_mut(leaf_len).enumerate() {
                 let chunks = share(self.w.chunks(), count, leaf);
-                self.product(first, rows, tiles.clone(), chunks, c.as_mut_ptr());
+                self.product(rows.start, rows.len(), tiles.clone(), chunks, c.as_mut_ptr());
             }
-            join_leaves(isa, c, join, count, leaf_len, rows * PANEL_N);
-            finish(isa, &c[..rows * PANEL_N], self.out, first, tiles.clone());
+            join_leaves(isa, c, join, count, leaf_len, rows.len() * PANEL_N);
+            finish(isa, &c[..rows.len() * PANEL_N], self.out, rows.start, tiles.clone());
         }
     }
 
-    /// While the blocks of a large batch go by, a share of the next panel's weights comes from memory with each.
-    fn fetch_next_panel(&self, tile: usize, first_row: usize) {
-        let blocks = self.blocks.rows.div_ceil(self.blocks.size);
-        if blocks == 1 || tile >= self.w.tiles() {
-            return;
+    /// While the blocks of a group go by, a share of the next panel's weights comes from memory with each.
+    fn fetch_next_panel(&self, tile: usize, (part, parts): (usize, usize)) {
+        if tile < self.w.tiles() {
+            let (start, chunk_bytes) = self.w.tile(tile, 0);
+            let lines = share(self.w.chunks() * chunk_bytes / 64, parts, part);
+            lines.for_each(|line| micro::fetch(start.wrapping_add(line * 64)));
         }
-        let (start, chunk_bytes) = self.w.tile(tile, 0);
-        let lines = share(self.w.chunks() * chunk_bytes / 64, blocks, first_row / self.blocks.size);
-        lines.for_each(|line| micro::fetch(start.wrapping_add(line * 64)));
+    }
+
+    /// Rows of A, which another core has written.
+    fn fetch_rows(&self, rows: Range<usize>) {
+        for row in rows {
+            let start = self.a.wrapping_add(row * self.a_stride);
+            (0..self.a_stride).step_by(64).for_each(|offset| micro::fetch(start.wrapping_add(offset)));
+        }
     }
 
     fn product(&self, first_row: usize, rows: usize, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) {
@@ -178,6 +213,11 @@ impl Job<'_> {
             );
         }
     }
+}
+
+/// (which of them, of how many) `block` is in `blocks`.
+fn share_of(blocks: &Range<usize>, block: usize) -> (usize, usize) {
+    (block - blocks.start, blocks.len())
 }
 
 /// fp32 copies of the first rows of `x`, zero-padded to `k` elements, in the shared buffer.

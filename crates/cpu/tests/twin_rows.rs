@@ -86,6 +86,21 @@ fn thread_counts_do_not_matter() {
     }
 }
 
+/// Enough rows for several groups of blocks: each row is as it is alone.
+#[test]
+fn large_batches_equal_their_rows() {
+    let (n, k, rows) = (34, 1024, 420);
+    let (x, w) = (Inputs::Plain.values(14, rows * k), Inputs::Plain.values(15, n * k));
+    for isa in isas() {
+        let mut b = backend(isa, 2);
+        let all = run_linear(&mut b, LinearKind::Column, n, k, &x, &w);
+        for row in [0, 1, 31, 32, 209, 210, 383, 384, 419] {
+            let alone = run_linear(&mut b, LinearKind::Column, n, k, &x[row * k..][..k], &w);
+            assert_eq!(all[row * n..][..n], alone, "{isa} row {row}");
+        }
+    }
+}
+
 /// Negative control: K in the order of another shape must be seen.
 #[test]
 fn another_leaf_count_is_caught() {

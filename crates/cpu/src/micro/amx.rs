@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use super::{Init, Tile};
 
 /// Fewer rows go to the AVX-512 kernels, which do not pay for the empty rows of a tile.
-pub(crate) const MIN_ROWS: usize = 1;
+pub(crate) const MIN_ROWS: usize = 2;
 
 /// Whether the processor has AMX-TILE and AMX-BF16 and the kernel lets this process use tile data.
 pub(crate) fn available() -> bool {

@@ -40,15 +40,15 @@ const MAX_ROWS: usize = 3;
 /// One kernel. A column is a half tile: its offset in B, its offset in a row of C. Chains: ymm0..11 as
 /// listed, a pair (even, odd) for each row and column; ymm12/13 the widened weights, ymm15 the mask.
 macro_rules! kernel {
-    ($name:ident: columns $b:tt $c:tt, rows $( { [$a:tt] $($e:tt $o:tt),+ } )+) => {
+    ($name:ident: $fetch:ident columns $b:tt $c:tt, rows $( { [$a:tt] $($e:tt $o:tt),+ } )+) => {
         unsafe fn $name(t: &Tile) {
-            let mut saved = 0u32;
-            let flush = MXCSR_FLUSH;
+            // The caller's MXCSR and ours.
+            let mut mxcsr = [0, MXCSR_FLUSH];
             // SAFETY: the caller vouches for every address of the block; MXCSR is restored at the end.
             unsafe {
                 asm!(
-                    "stmxcsr dword ptr [{saved}]",
-                    "ldmxcsr dword ptr [{flush}]",
+                    "stmxcsr dword ptr [{mxcsr}]",
+                    "ldmxcsr dword ptr [{mxcsr} + 4]",
                     "vpcmpeqd ymm15, ymm15, ymm15",
                     "vpslld ymm15, ymm15, 16",
                     "2:",
@@ -56,6 +56,7 @@ macro_rules! kernel {
                                   "\nvpxor ymm", $o, ", ymm", $o, ", ymm", $o), )+ )+
                     "mov {pairs:e}, 16",
                     "3:",
+                    kernel!(@$fetch $b),
                     kernel!(@columns $b $( { [$a] $($e $o),+ } )+),
                     "add {a}, 8",
                     "add {b}, 64",
@@ -66,10 +67,9 @@ macro_rules! kernel {
                     "add {b}, {b_next}",
                     "dec {chunks}",
                     "jnz 2b",
-                    "# unused in small blocks: {s1}",
-                    "ldmxcsr dword ptr [{saved}]",
-                    saved = in(reg) &mut saved,
-                    flush = in(reg) &flush,
+                    "# unused in small blocks: {s1} {ahead}",
+                    "ldmxcsr dword ptr [{mxcsr}]",
+                    mxcsr = in(reg) &mut mxcsr,
                     a = inout(reg) t.a => _,
                     s1 = in(reg) t.a_stride,
                     b = inout(reg) t.b => _,
@@ -77,6 +77,7 @@ macro_rules! kernel {
                     c = in(reg) t.c,
                     c_stride = in(reg) t.c_stride,
                     chunks = inout(reg) t.chunks => _,
+                    ahead = in(reg) t.prefetch,
                     pairs = out(reg) _,
                     out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _,
                     out("ymm6") _, out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
@@ -86,6 +87,12 @@ macro_rules! kernel {
             }
         }
     };
+    // One row: B is streamed from memory, a line a tile and pair.
+    (@stream [0, 32]) => { "prefetcht0 byte ptr [{b} + {ahead}]" };
+    (@stream [0, 32, 1024, 1056]) => {
+        "prefetcht0 byte ptr [{b} + {ahead}]\nprefetcht0 byte ptr [{b} + {ahead} + 1024]"
+    };
+    (@reuse $b:tt) => { "" };
     (@columns [$b0:tt, $b1:tt] $( { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt } )+) => {
         concat!(
             kernel!(@widen $b0), $( kernel!(@fma $a $e0 $o0), )+
@@ -124,8 +131,8 @@ macro_rules! kernel {
     };
 }
 
-kernel!(k1x2: columns [0, 32, 1024, 1056] [0, 32, 64, 96], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
-kernel!(k1x1: columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3});
-kernel!(k2x1: columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
-kernel!(k3x1: columns [0, 32] [0, 32], rows
+kernel!(k1x2: stream columns [0, 32, 1024, 1056] [0, 32, 64, 96], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
+kernel!(k1x1: stream columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3});
+kernel!(k2x1: reuse columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
+kernel!(k3x1: reuse columns [0, 32] [0, 32], rows
     {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11});
