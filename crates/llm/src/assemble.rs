@@ -127,9 +127,12 @@ impl Assembler {
         }
     }
 
-    /// True when stop strings have ended every sample while the engine still works: abort the request.
+    /// True when every sample has ended, some by a stop string, which the engine does not know of: abort the
+    /// request, or it goes on for nothing.
     pub fn can_abort(&self) -> bool {
-        self.output.outputs.iter().all(|o| o.finish_reason.is_some())
+        let outputs = &self.output.outputs;
+        outputs.iter().all(|o| o.finish_reason.is_some())
+            && outputs.iter().any(|o| matches!(o.stop_reason, Some(StopReason::Text(_))))
     }
 
     /// What has been gathered so far; complete after [`Step::Done`].
@@ -290,7 +293,7 @@ mod tests {
         ] {
             assert_ne!(a.push(event).unwrap(), Step::Done);
         }
-        assert!(a.can_abort());
+        assert!(!a.can_abort(), "the engine knows of these ends");
         assert_eq!(a.push(Event::Done(RequestMetrics::default())).unwrap(), Step::Done);
         let out = a.into_output();
         assert_eq!((out.seed, out.num_cached_tokens), (77, 1));

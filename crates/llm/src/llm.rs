@@ -220,8 +220,8 @@ impl LLM {
             let Some((assembler, guard)) = live.get_mut(&index) else { continue };
             let result = match assembler.push(event) {
                 Ok(Step::Quiet) => continue,
-                Ok(Step::Chunk(chunk)) => {
-                    if assembler.can_abort() && chunk.stopped_by_text() {
+                Ok(Step::Chunk(_)) => {
+                    if assembler.can_abort() {
                         guard.abort();
                     }
                     continue;

@@ -112,7 +112,7 @@ impl Iterator for Stream {
             match self.assembler.push(event) {
                 Ok(Step::Quiet) => {}
                 Ok(Step::Chunk(chunk)) => {
-                    if self.assembler.can_abort() && chunk.stopped_by_text() {
+                    if self.assembler.can_abort() {
                         self.abort();
                     }
                     return Some(Ok(chunk));
@@ -125,13 +125,6 @@ impl Iterator for Stream {
             }
         }
         None
-    }
-}
-
-impl Chunk {
-    /// The engine does not know of this end: it must be told.
-    pub(crate) fn stopped_by_text(&self) -> bool {
-        matches!(self.stop_reason, Some(crate::StopReason::Text(_)))
     }
 }
 

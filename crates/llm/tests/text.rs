@@ -84,6 +84,20 @@ fn a_stop_string_ends_the_text_wherever_tokens_are_cut() {
 }
 
 #[test]
+fn each_sample_stops_at_its_own_place() {
+    let llm = llm();
+    let params = SamplingParams { n: 4, ..ascii(3, 900) };
+    let free = one(&llm, "hello", SamplingParams { max_tokens: Some(60), ..params.clone() });
+    // A character that each sample has, at places of their own.
+    let common = |c: &char| free.outputs.iter().all(|o| o.text.contains(*c));
+    let stop = free.outputs[0].text.chars().find(common).unwrap().to_string();
+    let stopped = one(&llm, "hello", SamplingParams { stop: vec![stop.clone()], ..params });
+    for (sample, free) in stopped.outputs.iter().zip(&free.outputs) {
+        assert_eq!(sample.text, free.text[..free.text.find(&stop).unwrap()]);
+    }
+}
+
+#[test]
 fn a_stop_token_leaves_no_text() {
     let llm = llm();
     let free = one(&llm, "hello", ascii(4, 20));
