@@ -7,5 +7,6 @@ pub mod figures;
 pub mod fixtures;
 pub mod jobs;
 pub mod lab;
+pub mod reference;
 pub mod rig;
 pub mod sim;

@@ -89,7 +89,8 @@ fn paths_that_are_no_models() {
 
 #[test]
 fn configs_that_lie() {
-    let cases: [(&str, fn(&mut Value), &str); 9] = [
+    type Edit = fn(&mut Value);
+    let cases: [(&str, Edit, &str); 9] = [
         ("unknown architecture", |c| c["architectures"] = json!(["FrobnicatorForCausalLM"]), "Frobnicator"),
         ("no architecture", |c| drop(c.as_object_mut().map(|c| c.remove("architectures"))), "architectures"),
         ("no size", |c| drop(c.as_object_mut().map(|c| c.remove("hidden_size"))), "hidden_size"),

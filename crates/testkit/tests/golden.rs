@@ -10,11 +10,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use bitfast_cpu::CpuBackend;
 use bitfast_llm::{EngineArgs, LLM, SamplingParams};
 use bitfast_model::{Gguf, GgufSource, ModelConfig, RopeScaling, WeightSource};
+use bitfast_ops::{Backend, Class};
+use bitfast_testkit::digest;
 use bitfast_testkit::figures::{self, RowFigures};
 use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, Tensors, TinyGolden, Yardstick};
+use bitfast_testkit::reference::RefBackend;
 use bitfast_testkit::rig::{self, Rig, RigSizes};
 use bitfast_text::SpecialTokens;
 
@@ -23,7 +25,12 @@ const LIMIT: f64 = 1.2;
 const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
 
 /// Our figures on every stored row of a tiny model that was loaded into `rig`.
-fn figures_of(name: &str, mut rig: Rig<CpuBackend>) -> (TinyGolden, Vec<RowFigures>) {
+fn figures_of<B: Backend>(name: &str, rig: Rig<B>) -> (TinyGolden, Vec<RowFigures>) {
+    let (golden, rows, _) = figures_and_digest_of(name, rig);
+    (golden, rows)
+}
+
+fn figures_and_digest_of<B: Backend>(name: &str, mut rig: Rig<B>) -> (TinyGolden, Vec<RowFigures>, String) {
     let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
     let (shape, want) = Tensors::open(&format!("golden/{name}.safetensors")).f32("logits");
     let vocab = rig.config().vocab_size;
@@ -34,7 +41,7 @@ fn figures_of(name: &str, mut rig: Rig<CpuBackend>) -> (TinyGolden, Vec<RowFigur
             figures::row(&ours[prompt][position * vocab..][..vocab], want)
         });
     let rows = rows.collect();
-    (golden, rows)
+    (golden, rows, digest::of_logits(ours.iter().map(Vec::as_slice)))
 }
 
 /// The same of a folder of the fixtures, run as `config` says.
@@ -108,6 +115,19 @@ fn llama_gguf() {
         assert_eq!(digest, digests.bf16_fnv1a[&spec.name], "{}", spec.name);
     }
     check(name, figures_of(name, Rig::new(rig::cpu(&rig::best_cpu()), &config, &source, SIZES)));
+}
+
+/// The class `hopper`, computed by its references, is as near to the truth; its bits are what the GPU has to give.
+#[test]
+fn tiny_models_in_class_hopper() {
+    for name in TINY_MODELS {
+        let backend = RefBackend::new(Class::Hopper);
+        let rig = Rig::new(backend, &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
+        let (golden, rows, digest) = figures_and_digest_of(name, rig);
+        check(&format!("{name}, hopper"), (golden, rows));
+        let found = BTreeMap::from([(name.to_owned(), digest)]);
+        digest::Stored::of(Class::Hopper.name()).check("the references", &found);
+    }
 }
 
 /// 64-bit FNV-1a, as in the recipe.

@@ -1,12 +1,15 @@
 //! Digest: all logits of fixed prompts, hashed, equal what is stored for the class `portable`, on every
-//! instruction-set path that this machine has and with one thread or two.
+//! instruction-set path that this machine has and with one thread or two; and for the class `hopper`, which
+//! its references stand for where there is no such GPU.
 
 use std::collections::BTreeMap;
 
 use bitfast_cpu::{CpuOptions, Isa};
+use bitfast_ops::{Backend, Class};
 use bitfast_testkit::digest::{Stored, of_logits};
 use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, TinyGolden};
-use bitfast_testkit::rig::{self, RigSizes};
+use bitfast_testkit::reference::RefBackend;
+use bitfast_testkit::rig::{self, Rig, RigSizes};
 
 const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
 
@@ -21,23 +24,46 @@ fn cpu(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions { isa: Some(isa), threads: Some(threads), pin: false, ..CpuOptions::default() }
 }
 
-fn tiny_digests(isa: Isa, threads: usize) -> BTreeMap<String, String> {
+/// Digests of all logits of each tiny model's prompts; of those up to `longest` tokens when that is given.
+fn tiny_digests<B: Backend>(longest: Option<usize>, backend: impl Fn() -> B) -> BTreeMap<String, String> {
     let digest = |name: &str| {
         let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
-        let mut rig = rig::tiny(name, &rig::tiny_config(name), cpu(isa, threads), SIZES);
-        let logits: Vec<_> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
+        let mut rig = Rig::new(backend(), &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
+        let prompts = golden.prompts.iter().filter(|ids| longest.is_none_or(|n| ids.len() <= n));
+        let logits: Vec<_> = prompts.map(|ids| rig.score(ids)).collect();
         assert!(logits.iter().flatten().all(|x| x.is_finite()));
         of_logits(logits.iter().map(Vec::as_slice))
     };
-    TINY_MODELS.iter().map(|name| (name.to_string(), digest(name))).collect()
+    let key = |name: &str| match longest {
+        Some(n) => format!("{name}, up to {n} tokens"),
+        None => name.to_owned(),
+    };
+    TINY_MODELS.iter().map(|name| (key(name), digest(name))).collect()
 }
+
+/// Prompts that scalar code takes.
+const SHORT: usize = 33;
 
 #[test]
 fn tiny_models() {
     for isa in paths() {
-        for threads in [1, 2] {
-            Stored::of("portable").check(&format!("{isa}, {threads} threads"), &tiny_digests(isa, threads));
+        // Scalar code is slow: it takes the long prompts once.
+        let threads = if isa == Isa::Scalar { 2..=2 } else { 1..=2 };
+        for threads in threads {
+            let how = format!("{isa}, {threads} threads");
+            Stored::of("portable").check(&how, &tiny_digests(None, || rig::cpu(&cpu(isa, threads))));
         }
+        Stored::of("portable").check(isa.name(), &tiny_digests(Some(SHORT), || rig::cpu(&cpu(isa, 1))));
+    }
+}
+
+/// The references of both classes: what every machine of a class, of whatever make, has to compute. (The long
+/// prompts of `hopper` are hashed in golden.rs.)
+#[test]
+fn tiny_models_by_the_references() {
+    for class in [Class::Portable, Class::Hopper] {
+        let digests = tiny_digests(Some(SHORT), || RefBackend::new(class));
+        Stored::of(class.name()).check("the references", &digests);
     }
 }
 
