@@ -10,6 +10,9 @@ use crate::kv::{HeadBlock, HeadShape, Kv, V_CHUNK};
 use crate::micro::{self, AForm, CHUNK, Init, Path, ROW_ALIGN, TILE_N, Tile};
 use crate::tensor::Tensor;
 
+/// Products of more rows than this are bound by arithmetic, not by the cache's way from memory.
+const MANY_ROWS: usize = 16;
+
 /// Where an item's operands lie in a thread's scratch.
 #[derive(Clone, Copy)]
 pub(super) struct Parts {
@@ -183,22 +186,26 @@ impl<'a> ItemRun<'a> {
         let o = &mut o[first * o_len..];
         let state = &mut state[first..];
         softmax_tile(self.isa, state, s, self.desc.scale_log2, tile, o, o_len, form, p, p_stride);
-        for key in (tile..end).step_by(V_CHUNK) {
-            let b = self.block(key).values(key % self.shape.block_size);
-            let next = self.block(self.ahead(key)).values(self.ahead(key) % self.shape.block_size);
-            let element = if form == AForm::Bf16 { 2 } else { 4 };
+        let values = |key: usize| self.block(key).values(key % self.shape.block_size);
+        let element = if form == AForm::Bf16 { 2 } else { 4 };
+        // Many rows: one product over both chunks saves O a way through memory. Few rows: each chunk fetches the
+        // one that follows it.
+        let chunks = if rows > MANY_ROWS && end - tile > V_CHUNK { 2 } else { 1 };
+        for key in (tile..end).step_by(chunks * V_CHUNK) {
+            let b = values(key);
+            let distance = |other: usize| (values(other) as usize).wrapping_sub(b as usize);
             let t = Tile {
                 rows,
                 tiles: self.shape.v_tiles(),
-                chunks: 1,
+                chunks,
                 a: p.wrapping_add((key - tile) * element),
                 a_stride: p_stride,
                 b,
-                b_chunk: 0,
+                b_chunk: if chunks == 2 { distance(key + V_CHUNK) } else { 0 },
                 c: o.as_mut_ptr(),
                 c_stride: o_len * 4,
                 init: Init::Load,
-                prefetch: (next as usize).wrapping_sub(b as usize),
+                prefetch: distance(self.ahead(key)),
             };
             // SAFETY: as above; O has room for the padded rows behind `first`.
             unsafe { micro::product(self.path, t) };

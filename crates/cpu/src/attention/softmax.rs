@@ -46,34 +46,42 @@ impl Folded {
 }
 
 per_isa! {
-    /// P, the running maximum, the partial sums and the rescaling of O for one tile of keys.
+    /// P, the running maximum, the partial sums and the rescaling of O for one tile of keys. S becomes P in fp32.
     pub(super) fn softmax_tile(
         state: &mut [RowState], s: *mut f32, scale: f32, tile: usize, o: &mut [f32], o_len: usize, form: AForm,
         p: *mut u8, p_stride: usize,
     ) {
+        let scores = |i: usize| {
+            // SAFETY: row `i` of S, this thread's scratch, borrowed for one call at a time.
+            unsafe { &mut *s.add(i * S_STRIDE).cast::<[f32; ATTN_TILE_KEYS]>() }
+        };
         for (i, (row, o)) in state.iter_mut().zip(o.chunks_exact_mut(o_len)).enumerate() {
-            // SAFETY: row `i` of S and of P, both this thread's scratch.
-            let (s, p) = unsafe { (&*s.add(i * S_STRIDE).cast::<[f32; ATTN_TILE_KEYS]>(), p.add(i * p_stride)) };
             let valid = (row.position + 1).saturating_sub(tile).min(ATTN_TILE_KEYS);
-            let mut probabilities = [0f32; ATTN_TILE_KEYS];
             let scaled = match valid {
-                0 => 1.0,
-                ATTN_TILE_KEYS => softmax_row::<false>(row, s, valid, scale, &mut probabilities),
-                _ => softmax_row::<true>(row, s, valid, scale, &mut probabilities),
+                0 => {
+                    *scores(i) = [0.0; ATTN_TILE_KEYS];
+                    1.0
+                }
+                ATTN_TILE_KEYS => softmax_row::<false>(row, scores(i), valid, scale),
+                _ => softmax_row::<true>(row, scores(i), valid, scale),
             };
             if scaled != 1.0 {
-                for o in o.iter_mut() {
-                    *o *= scaled;
-                }
+                o.iter_mut().for_each(|o| *o *= scaled);
             }
-            let mut narrow = [bf16::ZERO; ATTN_TILE_KEYS];
-            exact::narrow(&probabilities, &mut narrow);
+        }
+        // A second pass, so that the sums read P from memory, four neighbours at a time.
+        for (i, row) in state.iter_mut().enumerate() {
+            let exact_p = scores(i);
+            row.sums = add_keys(row.sums, exact_p);
+            let mut rounded = [bf16::ZERO; ATTN_TILE_KEYS];
+            exact::narrow(exact_p, &mut rounded);
+            let p = p.wrapping_add(i * p_stride);
             match form {
-                // SAFETY: `p_stride` bytes hold 64 numbers of either form.
-                AForm::Bf16 => unsafe { *p.cast::<[bf16; ATTN_TILE_KEYS]>() = narrow },
+                // SAFETY: row `i` of P; `p_stride` bytes hold 64 numbers of either form.
+                AForm::Bf16 => unsafe { *p.cast::<[bf16; ATTN_TILE_KEYS]>() = rounded },
                 AForm::F32 => {
                     // SAFETY: as above.
-                    exact::widen(&narrow, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() });
+                    exact::widen(&rounded, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() });
                 }
             }
         }
@@ -97,27 +105,20 @@ per_isa! {
     /// out = bf16(O * (1 / l) + 0).
     pub(super) fn normalise(total: &[f32], sum: f32, out: &mut [bf16]) {
         let inverse = 1.0 / sum;
-        let (blocks, rest) = out.as_chunks_mut::<16>();
-        let (sums, last) = total.as_chunks::<16>();
-        for (out, o) in blocks.iter_mut().zip(sums) {
-            exact::narrow(&o.map(|o| o * inverse + 0.0), out);
-        }
-        let last = sums.get(blocks.len()).map_or(last, |s| s);
-        for (out, o) in rest.iter_mut().zip(last) {
+        for (out, o) in out.iter_mut().zip(total) {
             *out = exact::f32_to_bf16(o * inverse + 0.0);
         }
     }
 }
 
-/// One row of a tile, of which the first `valid` keys count: its probabilities, and the factor that O is to be
-/// scaled by. `MASKED` false says that all of them do.
+/// One row of a tile, of which the first `valid` keys count: scores become probabilities; returns the factor that
+/// O is to be scaled by. `MASKED` false says that all keys count.
 #[inline(always)]
 fn softmax_row<const MASKED: bool>(
     row: &mut RowState,
-    s: &[f32; ATTN_TILE_KEYS],
+    s: &mut [f32; ATTN_TILE_KEYS],
     valid: usize,
     scale: f32,
-    p: &mut [f32; ATTN_TILE_KEYS],
 ) -> f32 {
     // All ones for a key that counts: a select without a branch, so that the loops stay vectors.
     let mask =
@@ -134,21 +135,23 @@ fn softmax_row<const MASKED: bool>(
     // The scale is positive, so the largest score is the largest scaled score.
     let max = larger(row.max, (max16(lanes) * scale).ceil());
     let scaled = exact::pow2i(row.max - max);
-    for key in 0..ATTN_TILE_KEYS {
-        let e = exact::exp2_poly3(larger(s[key].mul_add(scale, -max), -125.0));
-        p[key] = f32::from_bits(e.to_bits() & mask(key));
+    for (key, s) in s.iter_mut().enumerate() {
+        let e = exact::exp2_poly3(larger(s.mul_add(scale, -max), -125.0));
+        *s = f32::from_bits(e.to_bits() & mask(key));
     }
-    let mut sums = row.sums.map(|l| l * scaled);
-    for eight in p.as_chunks::<8>().0 {
-        for i in 0..4 {
-            sums[i] += eight[2 * i];
-        }
-        for i in 0..4 {
-            sums[i] += eight[2 * i + 1];
-        }
-    }
-    (row.max, row.sums) = (max, sums);
+    row.max = max;
+    row.sums = row.sums.map(|l| l * scaled);
     scaled
+}
+
+/// l[(j mod 8) / 2] += P[j], ascending.
+#[inline(always)]
+fn add_keys(mut sums: [f32; 4], p: &[f32; ATTN_TILE_KEYS]) -> [f32; 4] {
+    for eight in p.as_chunks::<8>().0 {
+        sums = std::array::from_fn(|i| sums[i] + eight[2 * i]);
+        sums = std::array::from_fn(|i| sums[i] + eight[2 * i + 1]);
+    }
+    sums
 }
 
 #[inline(always)]
