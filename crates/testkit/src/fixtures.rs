@@ -8,9 +8,11 @@ use serde::Deserialize;
 /// The tiny models, by folder name under `fixtures/models`.
 pub const TINY_MODELS: [&str; 4] = ["llama-untied", "llama-tied", "qwen3-tied", "qwen3-untied"];
 
-/// `crates/testkit/fixtures/{relative}`.
+/// `crates/testkit/fixtures/{relative}`, in the folder that this was built from; `BITFAST_FIXTURES` names another
+/// place of the fixtures, for test binaries that run on a machine without the sources' path.
 pub fn path(relative: impl AsRef<Path>) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(relative)
+    let moved = std::env::var_os("BITFAST_FIXTURES").map(PathBuf::from);
+    moved.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")).join(relative)
 }
 
 /// The folder of a tiny model.
@@ -19,10 +21,11 @@ pub fn model_dir(name: &str) -> PathBuf {
 }
 
 /// SmolLM2-135M-Instruct (Q4_1 GGUF), where it was found when this crate was built; see build.rs. Tests that
-/// need it are ignored where it is absent.
+/// need it are ignored where it is absent. `BITFAST_TEST_GGUF` names another place when they run.
 pub fn smollm2_gguf() -> PathBuf {
+    let moved = std::env::var_os("BITFAST_TEST_GGUF").map(PathBuf::from);
     let found: Option<&str> = option_env!("SMOLLM2_GGUF");
-    PathBuf::from(found.expect("SmolLM2 is in the cache: cargo xtask models"))
+    moved.unwrap_or_else(|| found.expect("SmolLM2 is in the cache: cargo xtask models").into())
 }
 
 /// A safetensors file of the recipe, read without the code under test.
