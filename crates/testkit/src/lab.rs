@@ -224,6 +224,16 @@ impl<B: Backend> Lab<B> {
     /// Runs `jobs` together; each joins before the engine's step of the given number (counted from here).
     /// Outcomes come in the order of `jobs`.
     pub fn run<'a>(&mut self, jobs: impl IntoIterator<Item = (usize, &'a Job)>) -> Vec<Outcome> {
+        self.run_among(jobs, &[])
+    }
+
+    /// [`run`](Self::run) among neighbours that come and are aborted before the steps of the given numbers.
+    pub fn run_among<'a>(
+        &mut self,
+        jobs: impl IntoIterator<Item = (usize, &'a Job)>,
+        neighbours: &[(std::ops::Range<usize>, &Job)],
+    ) -> Vec<Outcome> {
+        let mut passing: Vec<(usize, RequestStream)> = Vec::new();
         let mut arrivals: Vec<(usize, usize, &Job)> =
             jobs.into_iter().enumerate().map(|(index, (step, job))| (step, index, job)).collect();
         arrivals.sort_by_key(|(step, ..)| *step);
@@ -232,6 +242,11 @@ impl<B: Backend> Lab<B> {
         let mut outcomes: BTreeMap<usize, Outcome> = BTreeMap::new();
         let mut now = 0;
         loop {
+            for (stay, job) in neighbours.iter().filter(|(stay, _)| stay.start == now) {
+                passing.push((stay.end, self.submit(job)));
+            }
+            // Dropping its stream aborts a request, wherever it is.
+            passing.retain(|(leave, _)| *leave > now);
             while let Some((_, index, job)) = arrivals.next_if(|(step, ..)| *step <= now) {
                 outcomes.insert(index, Outcome::new(job));
                 live.push((index, self.submit(job)));

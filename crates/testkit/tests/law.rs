@@ -87,6 +87,31 @@ fn every_position_of_a_batch() {
     }
 }
 
+/// Neighbours that come at any step and are aborted at any other: waiting, amid their prompt, or decoding.
+#[test]
+fn neighbours_that_abort() {
+    for (seed, model) in ["llama-untied", "qwen3-tied"].into_iter().enumerate() {
+        let mut rng = Rng::new(90 + seed as u64);
+        let pool = jobs::jobs(&mut rng, 8, vocab(model), 100, 12);
+        let truths = truths(model, &pool);
+        let crowd = jobs::jobs(&mut rng, 40, vocab(model), 200, 20);
+        for caching in [false, true] {
+            let layout = Layout { budget: 64, prefix_caching: caching, ..Layout::roomy(12) };
+            let mut lab = lab(model, layout);
+            let neighbours: Vec<_> = crowd
+                .iter()
+                .map(|job| {
+                    let come = rng.range(0, 25);
+                    (come..come + rng.range(1, 8), job)
+                })
+                .collect();
+            let arrivals = pool.iter().map(|job| (rng.range(0, 12), job));
+            let outcomes = lab.run_among(arrivals.collect::<Vec<_>>(), &neighbours);
+            assert_equal(&format!("{model}, caching {caching}"), &outcomes, &all(&truths));
+        }
+    }
+}
+
 /// Prompts cut into ragged pieces by small budgets, and few logit rows a step.
 #[test]
 fn chunked_prefill() {
