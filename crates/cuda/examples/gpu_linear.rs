@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use bitfast_cuda::driver::{Arg, Buffer, Device, Graph, Kernel, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
-use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide};
+use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide, plan};
 use bitfast_ops::LinearKind;
 use bitfast_ops::contract::{Join, KOrder};
 
@@ -32,18 +32,20 @@ struct Shape {
     name: &'static str,
     n: usize,
     k: usize,
-    row: bool,
+    kind: LinearKind,
 }
 
-const SHAPES: [Shape; 8] = [
-    Shape { name: "1.7B qkv", n: 4096, k: 2048, row: false },
-    Shape { name: "1.7B o", n: 2048, k: 2048, row: true },
-    Shape { name: "1.7B gate_up", n: 12288, k: 2048, row: false },
-    Shape { name: "1.7B down", n: 2048, k: 6144, row: true },
-    Shape { name: "8B qkv", n: 6144, k: 4096, row: false },
-    Shape { name: "8B o", n: 4096, k: 4096, row: true },
-    Shape { name: "8B gate_up", n: 28672, k: 4096, row: false },
-    Shape { name: "8B down", n: 4096, k: 14336, row: true },
+const SHAPES: [Shape; 10] = [
+    Shape { name: "1.7B qkv", n: 4096, k: 2048, kind: LinearKind::Column },
+    Shape { name: "1.7B o", n: 2048, k: 2048, kind: LinearKind::Row },
+    Shape { name: "1.7B gate_up", n: 12288, k: 2048, kind: LinearKind::Column },
+    Shape { name: "1.7B down", n: 2048, k: 6144, kind: LinearKind::Row },
+    Shape { name: "8B qkv", n: 6144, k: 4096, kind: LinearKind::Column },
+    Shape { name: "8B o", n: 4096, k: 4096, kind: LinearKind::Row },
+    Shape { name: "8B gate_up", n: 28672, k: 4096, kind: LinearKind::Column },
+    Shape { name: "8B down", n: 4096, k: 14336, kind: LinearKind::Row },
+    Shape { name: "1.7B lm_head", n: 151_936, k: 2048, kind: LinearKind::Vocab },
+    Shape { name: "8B lm_head", n: 128_256, k: 4096, kind: LinearKind::Vocab },
 ];
 
 fn wide(tile: usize, stages: usize, cluster: usize, out: (usize, usize), regs: [usize; 3]) -> Variant {
@@ -64,7 +66,7 @@ fn spec(shape: &Shape, leaves: usize, join: Join) -> LinearSpec {
 }
 
 fn prefill_cases(cases: &mut Vec<Case>) {
-    for (i, shape) in SHAPES.iter().enumerate() {
+    for (i, shape) in SHAPES[..8].iter().enumerate() {
         for tokens in [512, 2048, 8192] {
             let mut add = |leaves, join, variant| {
                 let spec = spec(shape, leaves, join);
@@ -80,7 +82,7 @@ fn prefill_cases(cases: &mut Vec<Case>) {
                 if tokens == 512 {
                     add(1, Join::Fold, w64());
                 }
-                if shape.row {
+                if shape.kind == LinearKind::Row {
                     add(2, Join::Tree, w256());
                     add(4, Join::Tree, wide(192, 3, cluster, (1, 32), [96, 0, 0]));
                     add(4, Join::Tree, w128());
@@ -107,7 +109,7 @@ fn prefill_cases(cases: &mut Vec<Case>) {
 
 /// The price of leaves at large M: every candidate of a (shape, M) is replayed in turn, so that clocks and heat are shared.
 fn order_cases(cases: &mut Vec<Case>) {
-    for (i, shape) in SHAPES.iter().enumerate() {
+    for (i, shape) in SHAPES[..8].iter().enumerate() {
         for tokens in [1024, 2048, 8192] {
             let mut add = |leaves, join, variant| {
                 let spec = spec(shape, leaves, join);
@@ -118,7 +120,7 @@ fn order_cases(cases: &mut Vec<Case>) {
                     add(leaves, Join::Fold, wide(256, 4, cluster, (1, 32), [104, 0, 0]));
                 }
             }
-            if shape.row {
+            if shape.kind == LinearKind::Row {
                 add(1, Join::Fold, wide(128, 6, 2, (1, 64), [64, 64, 0]));
                 add(4, Join::Tree, wide(192, 3, 2, (1, 32), [96, 0, 0]));
                 add(4, Join::Tree, wide(128, 6, 2, (1, 64), [64, 64, 0]));
@@ -130,8 +132,8 @@ fn order_cases(cases: &mut Vec<Case>) {
 
 /// Few tokens: leaves, tiles a block, ring sizes, and the narrow kernel beside them.
 fn few_cases(cases: &mut Vec<Case>) {
-    for (i, shape) in SHAPES.iter().enumerate() {
-        let orders: &[usize] = if shape.row { &[2, 4, 8] } else { &[1, 2, 4] };
+    for (i, shape) in SHAPES[..8].iter().enumerate() {
+        let orders: &[usize] = if shape.kind == LinearKind::Row { &[2, 4, 8] } else { &[1, 2, 4] };
         for tokens in [1, 8, 16] {
             for &leaves in orders {
                 let spec = spec(shape, leaves, Join::Fold);
@@ -165,14 +167,91 @@ fn few_cases(cases: &mut Vec<Case>) {
     }
 }
 
-fn decode_cases(cases: &mut Vec<Case>) {
+/// Every shape in the contract's order over token counts: the candidates that `plan` chooses among.
+fn plan_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES[..8].iter().enumerate() {
+        let spec = LinearSpec::new(shape.kind, shape.n, shape.k);
+        let leaves = spec.order.leaves;
+        for tokens in [1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024] {
+            let mut add = |variant| {
+                cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::WithPrevious });
+            };
+            if tokens <= 16 && leaves > 1 {
+                for tiles in [1, 2] {
+                    for smem in [115_000, 231_000] {
+                        if let Some(few) = Few::fitting(&spec, tokens, tiles, smem) {
+                            add(Variant::Few(few));
+                        }
+                    }
+                }
+            }
+            for (tile, groups, stages, min_ctas) in [
+                (8, 1, 10, 2),
+                (16, 1, 10, 2),
+                (16, 1, 20, 1),
+                (32, 1, 8, 2),
+                (32, 1, 16, 1),
+                (48, 1, 12, 1),
+                (64, 1, 5, 2),
+                (64, 1, 11, 1),
+                (64, 2, 7, 1),
+                (96, 1, 9, 1),
+                (96, 2, 6, 1),
+                (128, 1, 7, 1),
+                (128, 2, 4, 1),
+                (192, 1, 5, 1),
+            ] {
+                let fits =
+                    tokens <= tile && tile < tokens.next_multiple_of(8) + 33 || tokens == 256 && tile == 128;
+                for ksplit in [1, leaves] {
+                    let splits = ksplit == 1 || leaves > 1;
+                    let room = leaves == 1 || ksplit > 1 || tile <= 128;
+                    if fits
+                        && splits
+                        && room
+                        && (tile % ksplit == 0)
+                        && !(ksplit == leaves && leaves == 1 && ksplit != 1)
+                    {
+                        let narrow = Narrow { tokens: tile, groups, stages, ksplit, min_ctas };
+                        add(Variant::Narrow(narrow));
+                    }
+                    if leaves == 1 {
+                        break;
+                    }
+                }
+            }
+            if tokens >= 96 {
+                for cluster in [1, 2] {
+                    add(wide(64, 8, cluster, (1, 64), [32; 3]));
+                    add(wide(128, 6, cluster, (1, 64), [64; 3]));
+                    add(wide(192, 4, cluster, (2, 64), [96; 3]));
+                    add(wide(256, 4, cluster, (1, 32), [104; 3]));
+                }
+            }
+        }
+    }
+}
+
+/// What `plan` chooses, for every anchor shape.
+fn chosen_cases(cases: &mut Vec<Case>) {
     for (i, shape) in SHAPES.iter().enumerate() {
-        let kind = if shape.row { LinearKind::Row } else { LinearKind::Column };
-        let spec = LinearSpec::new(kind, shape.n, shape.k);
+        let spec = LinearSpec::new(shape.kind, shape.n, shape.k);
+        for tokens in [1, 8, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192] {
+            if tokens <= 128 || shape.kind != LinearKind::Vocab {
+                let overlap = if tokens <= 256 { Overlap::WithPrevious } else { Overlap::None };
+                cases.push(Case { shape: i, tokens, spec, variant: plan(&spec, tokens, 132), overlap });
+            }
+        }
+    }
+}
+
+fn decode_cases(cases: &mut Vec<Case>) {
+    for (i, shape) in SHAPES[..8].iter().enumerate() {
+        let spec = LinearSpec::new(shape.kind, shape.n, shape.k);
         let leaves = spec.order.leaves;
         for tokens in [16, 32, 64, 128, 256] {
             for ksplit in [1, 2, 4, 8] {
-                if ksplit > leaves || (!shape.row && ksplit > 1 && ksplit < leaves) {
+                if ksplit > leaves || (shape.kind != LinearKind::Row && ksplit > 1 && ksplit < leaves) {
                     continue;
                 }
                 for (groups, tile, stages, min_ctas) in [
@@ -238,7 +317,8 @@ impl Bench {
         let args =
             [Arg::Ptr(buffer.ptr()), Arg::Ptr(buffer.len() as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
         // SAFETY: the kernel writes `len / 2` bf16 at the buffer's address.
-        Ok(unsafe { self.fill.launch(&self.stream, launch, &args)? })
+        unsafe { self.fill.launch(&self.stream, launch, &args)? };
+        Ok(())
     }
 
     fn differing(&self, bytes: usize) -> Result<u32, Box<dyn Error>> {
@@ -308,7 +388,7 @@ fn compile(library: &std::path::Path, cases: &[Case]) -> Result<(), Box<dyn Erro
         }
         // Shapes differ in trip counts only: one stands for all.
         (key.0.n, key.0.k) = (4096, 4096);
-        let fits = case.variant.smem_bytes(&case.spec);
+        assert!(case.variant.fits(&case.spec), "{:?} {:?}", case.spec, case.variant);
         if !seen.insert(key) && (case.spec.n, case.spec.k) != (4096, 4096) {
             continue;
         }
@@ -318,7 +398,7 @@ fn compile(library: &std::path::Path, cases: &[Case]) -> Result<(), Box<dyn Erro
             .map(str::trim)
             .filter(|l| l.contains("registers") || l.contains("spill") || l.contains("arning"))
             .collect();
-        println!("{:?} {fits} B\n    {}", key, lines.join(" | "));
+        println!("{:?}\n    {}", key, lines.join(" | "));
     }
     Ok(())
 }
@@ -331,6 +411,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "prefill" => prefill_cases(&mut cases),
             "decode" => decode_cases(&mut cases),
             "few" => few_cases(&mut cases),
+            "chosen" => chosen_cases(&mut cases),
+            "plan" => plan_cases(&mut cases),
             "orders" => order_cases(&mut cases),
             other if other.contains('/') => compile_only = Some(other.to_owned()),
             other => return Err(format!("unknown mode {other}").into()),
@@ -387,7 +469,10 @@ fn run_group(bench: &Bench, kernels: &Kernels, cases: &[Case]) -> Result<(), Box
         let linear = get(case, case.variant)?;
         bench.y.fill(&bench.stream, 0xff)?;
         linear.call(&bench.x, &bench.w, 0, &bench.y, case.tokens, Overlap::None)?.launch(&bench.stream)?;
-        bad.push(bench.differing(case.tokens * case.spec.n * 2)?);
+        bad.push(
+            bench
+                .differing(case.tokens * case.spec.n * if case.spec.output == Output::F32 { 4 } else { 2 })?,
+        );
         graphs.push(bench.graph(linear, case)?);
     }
     for ((case, us), bad) in cases.iter().zip(bench.time(&graphs)?).zip(bad) {

@@ -2,7 +2,7 @@
 // on the 64-row side of the tensor core and the tokens on its n = TB side.
 //
 // A cluster of KSPLIT CTAs computes one tile of 64 * WGS outputs x TB tokens; each CTA has an equal run of leaves, and
-// partial tiles join through distributed shared memory. Weights are requested before the previous kernel in the stream has ended.
+// partial tiles join through distributed shared memory (of a fold, every leaf's). Weights are requested before the previous kernel in the stream has ended.
 //
 // Macros: N K LEAVES TREE LOGITS TB WGS STAGES KSPLIT MIN_CTAS
 #define ROWS (64 * WGS)
@@ -16,7 +16,9 @@
 #define THREADS (128 * WGS + 32)
 #define PITCH (ROWS + 4) // of the fp32 tile [TB][ROWS + 4] in shared memory
 static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
-static_assert(KSPLIT == 1 || TREE || CTA_LEAVES == 1, "a fold splits into single leaves only");
+#define TILE_FLOATS (TB * PITCH)
+// Partial tiles of a CTA: of a tree its subtree's sum, of a shared fold each leaf.
+#define PARTS (KSPLIT > 1 && !TREE ? CTA_LEAVES : 1)
 static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
 
 constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
@@ -25,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
     linear(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, void* __restrict__ y, int tokens) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 stage0 = smem_addr(smem), out_tile = stage0 + STAGES * STAGE_BYTES;
-    const u32 full = out_tile + TB * PITCH * 4, empty = full + 8 * STAGES;
+    const u32 full = out_tile + PARTS * TILE_FLOATS * 4, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = threadIdx.x / 128;
     const u32 rank = KSPLIT > 1 ? cluster_rank() : 0;
     constexpr int N_TILES = (N + ROWS - 1) / ROWS;
@@ -66,6 +68,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
     } else {
         Ring ring = {0, 0};
         Sums<ACC, ACC, ACC, ACC> sums;
+        float* const out = (float*)(smem + STAGES * STAGE_BYTES);
+        auto publish = [&](const float* v, int part) {
+            const int g = lane / 4, t = lane % 4;
+#pragma unroll
+            for (int j = 0; j < TB / 8; j++)
+#pragma unroll
+                for (int q = 0; q < 4; q++) out[part * TILE_FLOATS + (j * 8 + 2 * t + (q & 1)) * PITCH + warp * 16 + g + (q >> 1) * 8] = v[j * 4 + q];
+        };
 #pragma unroll LEAF_UNROLL
         for (int leaf = 0; leaf < CTA_LEAVES; leaf++) {
             u32 previous = 0;
@@ -86,15 +96,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
             }
             wgmma_wait<0>();
             if (lane == 0) mbar_arrive(empty + 8 * previous);
-            if (CTA_LEAVES > 1) sums.join(leaf, CTA_LEAVES);
+            if (PARTS > 1) publish(sums.acc, leaf);
+            else if (CTA_LEAVES > 1) sums.join(leaf, CTA_LEAVES);
         }
-        const float* result = CTA_LEAVES > 1 ? sums.level0.reg : sums.acc;
-        float* out = (float*)(smem + STAGES * STAGE_BYTES);
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int j = 0; j < TB / 8; j++)
-#pragma unroll
-            for (int q = 0; q < 4; q++) out[(j * 8 + 2 * t + (q & 1)) * PITCH + warp * 16 + g + (q >> 1) * 8] = result[j * 4 + q];
+        if (PARTS == 1) publish(CTA_LEAVES > 1 ? sums.level0.reg : sums.acc, 0);
     }
     if (KSPLIT > 1) cluster_sync();
     else __syncthreads();
@@ -105,9 +110,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
         const int n = n0 + col;
         if (m >= tokens || n >= N) continue;
         const u32 at = out_tile + (token * PITCH + col) * 4;
-        float4 v[KSPLIT];
+        float4 v[KSPLIT * PARTS];
 #pragma unroll
-        for (int r = 0; r < KSPLIT; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at, r);
+        for (int r = 0; r < KSPLIT * PARTS; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at + r % PARTS * TILE_FLOATS * 4, r / PARTS);
         if (TREE) {
 #pragma unroll
             for (int h = 1; h < KSPLIT; h *= 2)
@@ -115,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
                 for (int r = 0; r < KSPLIT; r += 2 * h) v[r] = add4(v[r], v[r + h]);
         } else {
 #pragma unroll
-            for (int r = 1; r < KSPLIT; r++) v[0] = add4(v[0], v[r]);
+            for (int r = 1; r < KSPLIT * PARTS; r++) v[0] = add4(v[0], v[r]);
         }
         if (N % 4 == 0) {
             if (LOGITS) *(float4*)((float*)y + m * N + n) = v[0];

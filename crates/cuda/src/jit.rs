@@ -198,3 +198,30 @@ fn wgmma_wrapper(n: usize) -> String {
         r + 1
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(value: i64) -> KernelSource {
+        KernelSource { name: "k", parts: &["int x = A;\n"], defines: vec![("A", value)], wgmma_n: Some(64) }
+    }
+
+    #[test]
+    fn a_program_is_the_prelude_the_macros_and_the_parts() {
+        let program = source(3).program();
+        let at = |text: &str| program.find(text).unwrap_or_else(|| panic!("no {text:?}"));
+        assert!(at("typedef unsigned char u8;") < at("wgmma_tb(float (&d)[32]"));
+        assert!(at("#define A 3") < at("int x = A;"));
+        assert_ne!(program, source(4).program());
+        assert_eq!(source(3).label(), "k A=3");
+    }
+
+    #[test]
+    fn a_missing_compiler_is_a_typed_error() {
+        let Err(error) = Jit::new(Some(Path::new("/nonexistent/libnvrtc.so")), None) else {
+            panic!("loaded a library that is not there")
+        };
+        assert!(matches!(error, CudaError::NoNvrtc(_)), "{error}");
+    }
+}

@@ -7,6 +7,7 @@
 //! shape; what chooses tiles, stages, clusters and grids ([`linear::plan`]) sees the token count and has no order to
 //! choose: every variant of a kernel computes the same bits.
 
+pub mod catalogue;
 pub mod driver;
 mod error;
 pub mod jit;

@@ -81,7 +81,6 @@ api! {
     /// libcuda.
     DriverApi {
         init = "cuInit"(c_uint);
-        driver_version = "cuDriverGetVersion"(*mut c_int);
         error_name = "cuGetErrorName"(CuResult, *mut *const c_char);
         error_string = "cuGetErrorString"(CuResult, *mut *const c_char);
         device_count = "cuDeviceGetCount"(*mut c_int);
@@ -101,7 +100,6 @@ api! {
         module_unload = "cuModuleUnload"(Handle);
         module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
         function_set = "cuFuncSetAttribute"(Handle, c_int, c_int);
-        function_get = "cuFuncGetAttribute"(*mut c_int, c_int, Handle);
         launch = "cuLaunchKernelEx"(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
         stream_create = "cuStreamCreate"(*mut Handle, c_uint);
         stream_destroy = "cuStreamDestroy_v2"(Handle);

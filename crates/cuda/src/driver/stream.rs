@@ -90,8 +90,8 @@ impl Stream {
         let mut graph =
             Graph { device: self.device.clone(), graph: std::ptr::null_mut(), exec: std::ptr::null_mut() };
         // SAFETY: a live stream; begin and end are paired below.
-        self.device
-            .check("cuStreamBeginCapture", unsafe { (api.capture_begin)(self.handle, THREAD_LOCAL) })?;
+        let began = unsafe { (api.capture_begin)(self.handle, THREAD_LOCAL) };
+        self.device.check("cuStreamBeginCapture", began)?;
         let ran = body();
         // SAFETY: as above; writes one handle.
         let ended = unsafe { (api.capture_end)(self.handle, &raw mut graph.graph) };

@@ -1,4 +1,4 @@
-use super::{LinearSpec, SMEM_LIMIT};
+use super::LinearSpec;
 use crate::jit::KernelSource;
 
 /// Launch plan of `kernels/linear_few.cu`; see there.
@@ -33,12 +33,6 @@ impl Few {
     }
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
-        let bytes = self.smem_needed(spec);
-        assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
-        bytes
-    }
-
-    fn smem_needed(&self, spec: &LinearSpec) -> usize {
         let warps = self.warps(spec);
         let leaf_k = spec.k.div_ceil(spec.order.leaves).next_multiple_of(64);
         let x = self.token_eights * 8 * (spec.order.leaves * leaf_k * 2 + 32);
@@ -49,7 +43,7 @@ impl Few {
     /// The plan with `tiles` tiles a block and as many stages as fit in `smem` bytes; none if activations alone do not.
     pub fn fitting(spec: &LinearSpec, tokens: usize, tiles: usize, smem: usize) -> Option<Self> {
         let mut plan = Self { tiles, token_eights: tokens.div_ceil(8), stages: 1 };
-        let rest = smem.checked_sub(plan.smem_needed(spec))?;
+        let rest = smem.checked_sub(plan.smem_bytes(spec))?;
         plan.stages += rest / (plan.warps(spec) * 2056);
         (plan.stages >= 3 && plan.warps(spec) <= 32).then_some(plan)
     }

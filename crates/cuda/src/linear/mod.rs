@@ -14,10 +14,12 @@ use crate::jit::{Jit, KernelSource};
 
 mod few;
 mod narrow;
+mod plan;
 mod wide;
 
 pub use few::Few;
 pub use narrow::Narrow;
+pub use plan::plan;
 pub use wide::Wide;
 
 /// Shared memory that a block may use on sm_90, bytes.
@@ -105,8 +107,13 @@ impl Variant {
         }
     }
 
-    /// Dynamic shared memory of a block; panics if a block cannot have so much.
-    pub fn smem_bytes(&self, spec: &LinearSpec) -> usize {
+    /// Whether a block can have the shared memory that the variant needs for `spec`.
+    pub fn fits(&self, spec: &LinearSpec) -> bool {
+        self.smem_bytes(spec) <= SMEM_LIMIT
+    }
+
+    /// Dynamic shared memory of a block.
+    fn smem_bytes(&self, spec: &LinearSpec) -> usize {
         match self {
             Variant::Reference => 0,
             Variant::Few(v) => v.smem_bytes(spec),
@@ -153,8 +160,10 @@ impl Linear {
     /// # Errors
     /// The compiler's or the driver's.
     pub fn new(device: &Device, jit: &Jit, spec: LinearSpec, variant: Variant) -> Result<Self> {
+        let smem = variant.smem_bytes(&spec);
+        assert!(smem <= SMEM_LIMIT, "{variant:?} needs {smem} bytes of shared memory for {spec:?}");
         let cubin = jit.cubin(&variant.source(&spec))?;
-        let kernel = device.kernel(&cubin, "linear", variant.smem_bytes(&spec))?;
+        let kernel = device.kernel(&cubin, "linear", smem)?;
         Ok(Self { spec, variant, kernel, device: device.clone() })
     }
 
@@ -186,6 +195,8 @@ impl Linear {
             self.device.tensor_map(TensorMapDesc { ptr, element, rows, cols, box_rows, box_cols })
         };
         let matrix = |ptr, rows, cols, box_rows| boxes(ptr, rows, cols, box_rows, 64);
+        // Boxes that reach past the matrix load slowly. Rows of x past `tokens` touch no output, so they may be read.
+        let x_rows = |tile: usize| tokens.next_multiple_of(tile).min(x.len() / (k * 2));
         let (grid, threads, args) = match self.variant {
             Variant::Reference => (
                 [n.div_ceil(16) as u32, tokens.div_ceil(8) as u32, 1],
@@ -204,7 +215,7 @@ impl Linear {
                 v.grid(&self.spec, tokens),
                 v.threads(),
                 Args::Narrow {
-                    x: matrix(x.ptr(), tokens, k, v.tokens)?,
+                    x: matrix(x.ptr(), x_rows(v.tokens), k, v.tokens)?,
                     w: matrix(w, n, k, v.rows())?,
                     y: y.ptr(),
                     tokens,
@@ -214,7 +225,7 @@ impl Linear {
                 v.grid(&self.spec, tokens, self.device.sms()),
                 Wide::THREADS,
                 Args::Wide {
-                    x: matrix(x.ptr(), tokens, k, Wide::TOKENS)?,
+                    x: matrix(x.ptr(), x_rows(Wide::TOKENS), k, Wide::TOKENS)?,
                     w: matrix(w, n, k, v.tile / v.cluster)?,
                     y: boxes(y.ptr(), tokens, n, 16, v.out_cols)?,
                     tokens,

@@ -1,6 +1,6 @@
 use bitfast_ops::contract::Join;
 
-use super::{LinearSpec, SMEM_LIMIT, levels};
+use super::{LinearSpec, levels};
 use crate::jit::KernelSource;
 
 /// Launch plan of `kernels/linear_narrow.cu`; see there.
@@ -21,11 +21,6 @@ pub struct Narrow {
 impl Narrow {
     pub(super) fn source(&self, spec: &LinearSpec) -> KernelSource {
         let leaves = spec.order.leaves / self.ksplit;
-        assert!(
-            self.ksplit == 1 || leaves == 1 || spec.order.join == Join::Tree,
-            "{self:?} cannot share a fold of {} leaves",
-            spec.order.leaves
-        );
         let mut defines = spec.defines();
         defines.extend([
             ("TB", self.tokens as i64),
@@ -49,9 +44,11 @@ impl Narrow {
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
         let ring = self.stages * (self.rows() + self.tokens) * 128;
-        let bytes = ring + self.tokens * (self.rows() + 4) * 4 + 16 * self.stages;
-        assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
-        bytes
+        let parts = match spec.order.join {
+            Join::Fold if self.ksplit > 1 => spec.order.leaves / self.ksplit,
+            _ => 1,
+        };
+        ring + parts * self.tokens * (self.rows() + 4) * 4 + 16 * self.stages
     }
 
     /// Outputs of a tile.

@@ -1,0 +1,106 @@
+use super::{Few, LinearSpec, Narrow, Output, SMEM_LIMIT, Variant, Wide};
+
+/// The fastest variant for `tokens` rows on a card of `sms` multiprocessors; bits do not depend on it.
+///
+/// Thresholds and costs are of an H100 (LOG.md, "the launch plan of linears").
+pub fn plan(spec: &LinearSpec, tokens: usize, sms: usize) -> Variant {
+    // TMA wants rows of whole 16 bytes.
+    if !spec.k.is_multiple_of(8) || !spec.n.is_multiple_of(8) {
+        return Variant::Reference;
+    }
+    let too_few_narrow_tiles = spec.n.div_ceil(64) * 3 < sms;
+    if tokens <= 8 && spec.order.leaves > 1 && too_few_narrow_tiles {
+        let tiles = if spec.order.leaves > 4 { 1 } else { 2 };
+        if let Some(few) = Few::fitting(spec, tokens, tiles, SMEM_LIMIT) {
+            return Variant::Few(few);
+        }
+    }
+    if tokens <= 128 || spec.output == Output::F32 {
+        return Variant::Narrow(narrow(spec, tokens, sms));
+    }
+    Variant::Wide(wide(spec, tokens, sms))
+}
+
+/// One tile over the tokens where it can be: weights are then read once.
+fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
+    let tile = [8, 16, 32, 48, 64, 96, 128].into_iter().find(|t| tokens <= *t).unwrap_or(128);
+    let tiles = spec.n.div_ceil(64) * tokens.div_ceil(tile);
+    // With a block for each multiprocessor a deep ring; with more, two blocks share one, or larger tiles save activations.
+    let (groups, stages, min_ctas) = match (tile, tiles > sms) {
+        (8 | 16, false) => (1, 20, 1),
+        (32, false) => (1, 16, 1),
+        (48, _) => (1, 12, 1),
+        (64, false) => (1, 11, 1),
+        (96, false) => (1, 9, 1),
+        (_, false) => (1, 7, 1),
+        (8 | 16, true) => (1, 10, 2),
+        (32, true) => (1, 8, 2),
+        (64, true) => (1, 5, 2),
+        (96, true) => (2, 6, 1),
+        (_, true) => (2, 4, 1),
+    };
+    // Few tiles of long rows: the leaves of each are shared by two blocks.
+    let long = spec.order.leaves > 1 && spec.k >= 4096;
+    let ksplit = if tiles * 3 < sms && long && tile <= 64 { 2 } else { 1 };
+    let plan = Narrow { tokens: tile, groups, stages, ksplit, min_ctas };
+    // A shared fold keeps its leaves in shared memory: fewer ring slots.
+    let with = |stages| Narrow { stages, ..plan };
+    (1..=stages).rev().map(with).find(|p| p.smem_bytes(spec) <= SMEM_LIMIT).unwrap_or(with(1))
+}
+
+/// The tile whose waves over the card take least time.
+fn wide(spec: &LinearSpec, tokens: usize, sms: usize) -> Wide {
+    // (outputs of a tile, stages, output buffers, their columns, time of a tile against the largest's).
+    const TILES: [(usize, usize, usize, usize, usize); 4] =
+        [(64, 8, 1, 64, 36), (128, 6, 1, 64, 58), (192, 4, 2, 64, 80), (256, 4, 1, 32, 100)];
+    let token_tiles = tokens.div_ceil(Wide::TOKENS);
+    let cost = |tile: usize, time: usize| (token_tiles * spec.n.div_ceil(tile)).div_ceil(sms) * time;
+    let (tile, stages, out_buffers, out_cols, _) = TILES
+        .into_iter()
+        .min_by_key(|(tile, .., time)| (cost(*tile, *time), usize::MAX - tile))
+        .expect("four tiles");
+    let regs = if tile == 256 { 104 } else { tile / 2 };
+    // Sharing weight tiles pays where tiles are small against the traffic to them.
+    let cluster = if tile == 128 && token_tiles.is_multiple_of(2) { 2 } else { 1 };
+    Wide { tile, stages, cluster, raster: 16 / cluster, out_buffers, out_cols, regs: [regs; 3] }
+}
+
+#[cfg(test)]
+mod tests {
+    use bitfast_ops::LinearKind;
+
+    use super::*;
+
+    const TOKENS: [usize; 14] = [1, 2, 8, 9, 16, 33, 64, 65, 128, 129, 256, 1000, 4096, 16384];
+
+    #[test]
+    fn every_plan_fits_the_card() {
+        for (n, k) in
+            [(64, 64), (576, 1536), (960, 576), (2048, 2048), (2048, 6144), (4096, 14336), (28672, 4096)]
+        {
+            for kind in [LinearKind::Column, LinearKind::GateUp, LinearKind::Row, LinearKind::Vocab] {
+                let spec = LinearSpec::new(kind, n, k);
+                for tokens in TOKENS {
+                    let variant = plan(&spec, tokens, 132);
+                    assert!(variant.fits(&spec), "{variant:?} for {tokens} tokens of {spec:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_tma_cannot_load_go_to_the_reference() {
+        assert_eq!(plan(&LinearSpec::new(LinearKind::Column, 64, 100), 5, 132), Variant::Reference);
+        assert_eq!(plan(&LinearSpec::new(LinearKind::Column, 100, 64), 5, 132), Variant::Reference);
+    }
+
+    #[test]
+    fn many_tokens_take_large_tiles_and_few_take_small_ones() {
+        let spec = LinearSpec::new(LinearKind::Column, 4096, 4096);
+        assert!(matches!(plan(&spec, 8192, 132), Variant::Wide(Wide { tile: 256, .. })));
+        assert!(matches!(plan(&spec, 256, 132), Variant::Wide(Wide { tile: 64, .. })));
+        assert!(matches!(plan(&spec, 8, 132), Variant::Narrow(Narrow { tokens: 8, .. })));
+        let row = LinearSpec::new(LinearKind::Row, 2048, 6144);
+        assert!(matches!(plan(&row, 8, 132), Variant::Few(_)));
+    }
+}

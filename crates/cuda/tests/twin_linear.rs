@@ -1,0 +1,251 @@
+//! Every linear variant computes the bits of the reference, for every number of tokens. Needs an H100 or H200 and
+//! NVRTC; elsewhere the tests say that they were skipped.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bitfast_cuda::driver::{Buffer, Device, Overlap, Stream};
+use bitfast_cuda::jit::Jit;
+use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide, plan};
+use bitfast_ops::contract::{Join, KOrder};
+use bitfast_ops::{Class, LinearKind, bf16, reference};
+
+const TOKENS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
+
+struct Gpu {
+    device: Device,
+    stream: Stream,
+    jit: Jit,
+}
+
+fn gpu() -> Option<Gpu> {
+    match Device::open(0) {
+        Ok(device) => {
+            let stream = device.stream().expect("a stream");
+            let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-twin"))).expect("NVRTC");
+            Some(Gpu { device, stream, jit })
+        }
+        Err(e) => {
+            eprintln!("SKIPPED: no GPU ({e})");
+            None
+        }
+    }
+}
+
+/// bf16 values over some 18 binary orders of magnitude, both signs, from a counter.
+fn values(n: usize, seed: u64) -> Vec<bf16> {
+    let word = |i: u64| {
+        let mut x = (i ^ seed << 40).wrapping_add(0x9E37_79B9_7F4A_7C15).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        x ^= x >> 29;
+        x = x.wrapping_mul(0x94D0_49BB_1331_11EB);
+        x ^ x >> 32
+    };
+    (0..n as u64)
+        .map(|i| {
+            let w = word(i);
+            let exponent = 118 + (w >> 8) % 18;
+            bf16::from_bits(((w & 0x807F) | exponent << 7) as u16)
+        })
+        .collect()
+}
+
+/// Activations whose rows read the same backwards.
+fn activations(rows: usize, k: usize, seed: u64) -> Vec<bf16> {
+    let mut x = values(rows * k, seed);
+    x.chunks_mut(k).for_each(|row| (0..k / 2).for_each(|i| row[k - 1 - i] = row[i]));
+    x
+}
+
+/// Weights of which every other row is odd about its middle: with [`activations`] those sums are exactly zero, so
+/// that an output is nothing but rounding, and any change of order shows in bf16 (ordinary sums would hide it).
+fn weights(n: usize, k: usize, seed: u64) -> Vec<bf16> {
+    let mut w = values(n * k, seed);
+    w.chunks_mut(2 * k).for_each(|rows| (0..k / 2).for_each(|i| rows[k - 1 - i] = -rows[i]));
+    w
+}
+
+fn bytes(values: &[bf16]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect()
+}
+
+impl Gpu {
+    fn upload(&self, data: &[u8]) -> Buffer {
+        let buffer = self.device.alloc(data.len()).expect("memory");
+        buffer.write(&self.stream, 0, data).expect("upload");
+        buffer
+    }
+
+    /// `rows` rows of `x`, then NaN rows.
+    fn upload_rows(&self, x: &[bf16], rows: usize, k: usize) -> Buffer {
+        let mut padded = x[..rows * k].to_vec();
+        padded.resize((rows + 130) * k, bf16::NAN);
+        self.upload(&bytes(&padded))
+    }
+
+    /// The output's bytes; they and the rows past the last one are poisoned before, and those must stay so.
+    fn run(&self, spec: LinearSpec, variant: Variant, x: &Buffer, w: &Buffer, rows: usize) -> Vec<u8> {
+        let width = if spec.output == Output::F32 { 4 } else { 2 };
+        let y = self.device.alloc((rows + 3) * spec.n * width).expect("memory");
+        y.fill(&self.stream, 0xff).expect("poison");
+        let linear = Linear::new(&self.device, &self.jit, spec, variant).expect("a kernel");
+        let call = linear.call(x, w, 0, &y, rows, Overlap::None).expect("a plan");
+        call.launch(&self.stream).expect("launch");
+        let mut out = vec![0; y.len()];
+        y.read(&self.stream, 0, &mut out).expect("read");
+        let rest = out.split_off(rows * spec.n * width);
+        assert!(rest.iter().all(|b| *b == 0xff), "{variant:?} wrote past {rows} rows of {spec:?}");
+        out
+    }
+
+    /// Compiles in parallel into the cache.
+    fn prepare(&self, kernels: &[(LinearSpec, Variant)]) {
+        let (next, jit) = (AtomicUsize::new(0), &self.jit);
+        std::thread::scope(|scope| {
+            for _ in 0..std::thread::available_parallelism().map_or(4, |n| n.get()) {
+                scope.spawn(|| {
+                    while let Some((spec, variant)) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        jit.cubin(&variant.source(spec)).expect("a kernel");
+                    }
+                });
+            }
+        });
+    }
+}
+
+fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
+    let leaves = spec.order.leaves;
+    let mut all = vec![plan(spec, rows, 132)];
+    if rows <= 16 {
+        all.extend([1, 2, 3].iter().filter_map(|t| Few::fitting(spec, rows, *t, 230_000)).map(Variant::Few));
+    }
+    for (tokens, groups, stages) in [(8, 1, 4), (16, 1, 10), (32, 2, 4), (64, 1, 5), (128, 2, 2)] {
+        for ksplit in [1, 2, leaves] {
+            if ksplit <= leaves
+                && leaves.is_multiple_of(ksplit)
+                && tokens % ksplit == 0
+                && leaves / ksplit <= 4
+            {
+                all.push(Variant::Narrow(Narrow { tokens, groups, stages, ksplit, min_ctas: 1 }));
+            }
+        }
+    }
+    if spec.output == Output::Bf16 {
+        for cluster in [1, 2] {
+            for (tile, stages, out_buffers, out_cols, reg) in
+                [(64, 3, 1, 64, 32), (128, 4, 2, 64, 64), (192, 4, 2, 64, 96), (256, 4, 1, 32, 104)]
+            {
+                if spec.order.join == Join::Fold || tile <= 64 {
+                    let regs = [reg; 3];
+                    all.push(Variant::Wide(Wide {
+                        tile,
+                        stages,
+                        cluster,
+                        raster: 4,
+                        out_buffers,
+                        out_cols,
+                        regs,
+                    }));
+                }
+            }
+        }
+    }
+    all.retain(|v| v.fits(spec));
+    all
+}
+
+fn specs() -> Vec<LinearSpec> {
+    let kind = |kind, n, k| LinearSpec::new(kind, n, k);
+    let order =
+        |n, k, leaves, join| LinearSpec { n, k, order: KOrder { leaves, join }, output: Output::Bf16 };
+    vec![
+        kind(LinearKind::Column, 4096, 2048),
+        kind(LinearKind::Row, 2048, 2048),
+        kind(LinearKind::Row, 2048, 6144),
+        // Awkward: no whole tiles, K that ends inside a block of 64.
+        kind(LinearKind::Column, 960, 576),
+        kind(LinearKind::Column, 1000, 200),
+        kind(LinearKind::Row, 576, 1536),
+        kind(LinearKind::Vocab, 1096, 576),
+        // A tree, for the day when a class has one here.
+        order(320, 2048, 4, Join::Tree),
+        order(320, 2048, 8, Join::Tree),
+    ]
+}
+
+fn compare(gpu: &Gpu, specs: &[LinearSpec], tokens: &[usize]) {
+    let all = |spec: LinearSpec| tokens.iter().flat_map(move |rows| variants(&spec, *rows));
+    let mut kernels: Vec<_> = specs.iter().flat_map(|spec| all(*spec).map(move |v| (*spec, v))).collect();
+    kernels.sort_by_key(|k| format!("{k:?}"));
+    kernels.dedup();
+    gpu.prepare(&kernels);
+    let mut compared = 0;
+    for &spec in specs {
+        let x = activations(*tokens.last().expect("token counts"), spec.k, 1);
+        let w = gpu.upload(&bytes(&weights(spec.n, spec.k, 2)));
+        for &rows in tokens {
+            let x = gpu.upload_rows(&x, rows, spec.k);
+            let expected = gpu.run(spec, Variant::Reference, &x, &w, rows);
+            for variant in variants(&spec, rows) {
+                let got = gpu.run(spec, variant, &x, &w, rows);
+                let differing = got.iter().zip(&expected).filter(|(a, b)| a != b).count();
+                assert_eq!(differing, 0, "{variant:?} of {spec:?} at {rows} rows: bytes that differ");
+                compared += 1;
+            }
+        }
+    }
+    println!("{compared} runs equal, {} kernels", kernels.len());
+}
+
+#[test]
+fn every_variant_equals_the_reference_kernel() {
+    let Some(gpu) = gpu() else { return };
+    compare(&gpu, &specs(), &TOKENS);
+}
+
+/// Small enough to run under compute-sanitizer.
+#[test]
+fn small_layers() {
+    let Some(gpu) = gpu() else { return };
+    compare(
+        &gpu,
+        &[LinearSpec::new(LinearKind::Row, 136, 1024), LinearSpec::new(LinearKind::Vocab, 72, 200)],
+        &[7, 130],
+    );
+}
+
+#[test]
+fn the_reference_kernel_equals_the_cpu_reference() {
+    let Some(gpu) = gpu() else { return };
+    for spec in specs() {
+        let spec = LinearSpec { n: spec.n.min(320), ..spec };
+        let rows = 9;
+        let (x, w) = (activations(rows, spec.k, 3), weights(spec.n, spec.k, 4));
+        let on_gpu = gpu.upload_rows(&x, rows, spec.k);
+        let got = gpu.run(spec, Variant::Reference, &on_gpu, &gpu.upload(&bytes(&w)), rows);
+        let expected = match spec.output {
+            Output::F32 => {
+                let y = reference::linear_f32(Class::Hopper, spec.order, &x, &w, spec.k);
+                y.iter().flat_map(|v| v.to_le_bytes()).collect()
+            }
+            Output::Bf16 => bytes(&reference::linear(Class::Hopper, spec.order, &x, &w, spec.k)),
+        };
+        let differing = got.iter().zip(&expected).filter(|(a, b)| a != b).count();
+        assert_eq!((got.len(), differing), (expected.len(), 0), "{spec:?}: bytes that differ");
+        println!("{spec:?}: {} outputs equal", rows * spec.n);
+    }
+}
+
+/// The comparison can fail: another order gives other bits.
+#[test]
+fn another_order_differs() {
+    let Some(gpu) = gpu() else { return };
+    let with =
+        |leaves, join| LinearSpec { n: 256, k: 2048, order: KOrder { leaves, join }, output: Output::Bf16 };
+    let x = gpu.upload_rows(&activations(8, 2048, 1), 8, 2048);
+    let w = gpu.upload(&bytes(&weights(256, 2048, 2)));
+    let run = |spec| gpu.run(spec, Variant::Reference, &x, &w, 8);
+    let fold = run(with(8, Join::Fold));
+    for other in [with(1, Join::Fold), with(4, Join::Fold), with(8, Join::Tree)] {
+        let differing = run(other).chunks(2).zip(fold.chunks(2)).filter(|(a, b)| a != b).count();
+        assert!(differing > 512, "{other:?}: {differing} of 2048 outputs differ");
+    }
+}
