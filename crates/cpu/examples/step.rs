@@ -1,5 +1,5 @@
 //! Times a model-shaped step through the `Backend` trait with synthetic weights: prefill, decode alone and in a
-//! batch. `cargo run --release -p bitfast-cpu --example step -- [--isa I] [--threads N] [--layers N] [--no-law]`
+//! batch. `cargo run --release -p bitfast-cpu --example step -- [--isa I] [--threads N] [--layers N] [--no-law] [--no-pin] [--only CASE]`
 
 use std::time::Instant;
 
@@ -159,13 +159,14 @@ fn batch(seqs: usize, context: usize, rows: usize) -> BatchInputs {
 
 fn main() {
     let mut options = CpuOptions::default();
-    let mut layers = 30;
+    let (mut layers, mut only) = (30, String::new());
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().expect("a value");
         match arg.as_str() {
             "--isa" => options.isa = Some(value().parse::<Isa>().unwrap()),
             "--threads" => options.threads = Some(value().parse().unwrap()),
+            "--only" => only = value(),
             "--layers" => layers = value().parse().unwrap(),
             "--no-law" => options.batch_invariant = false,
             "--no-pin" => options.pin = false,
@@ -184,6 +185,9 @@ fn main() {
         ("decode 8 @ 256", 8, 255, 1, 60),
         ("decode 64 @ 64", 64, 63, 1, 5),
     ] {
+        if !name.starts_with(&only) {
+            continue;
+        }
         let batch = batch(seqs, context, rows);
         let names = ["embed", "qkv", "prep", "attn", "o", "norm", "gate_up", "down", "head"];
         let mut times = names.map(|n| (n, 0.0));
