@@ -1,5 +1,5 @@
 //! The `hopper` linear layer, faster: the same bits as [`super::linear_f32`] with [`crate::Class::Hopper`], for
-//! auditing whole transcripts on a CPU. Sixteen outputs go side by side in plain Rust that the compiler can
+//! auditing whole transcripts on a CPU. Many outputs go side by side in plain Rust that the compiler can
 //! vectorise; like [`crate::exact`], it is inlined into callers compiled for a wider instruction set.
 
 use half::bf16;
@@ -9,7 +9,9 @@ use crate::contract::KOrder;
 use crate::exact::join_leaves;
 
 /// Outputs that one step computes side by side.
-const LANES: usize = 16;
+const LANES: usize = 32;
+/// Products that a pass over the lanes takes at once.
+const UNROLL: usize = 2;
 /// Most leaves that an order has.
 const MAX_LEAVES: usize = 8;
 /// Exponent of a zero factor: no product with it is the largest.
@@ -101,7 +103,7 @@ impl Row {
     }
 }
 
-/// The factors of a step of 16 outputs, `[k][output]`; missing ones are zero.
+/// The factors of a step of `LANES` outputs, `[k][output]`; missing ones are zero.
 struct Weights {
     raw: [[bf16; LANES]; HOPPER_CHUNK_K],
     factors: [Factors; HOPPER_CHUNK_K],
@@ -114,7 +116,7 @@ struct Factors {
     sign: [i32; LANES],
 }
 
-// Sixteen lanes side by side read best by index, and compile to vectors.
+// Lanes side by side read best by index, and compile to vectors.
 #[allow(clippy::needless_range_loop)]
 impl Weights {
     /// Columns `chunk` of `rows`, rows of `k`.
@@ -136,30 +138,41 @@ impl Weights {
         Self { raw, factors }
     }
 
-    /// One tensor-core step of 16 accumulators.
+    /// One tensor-core step of `LANES` accumulators.
     #[inline(always)]
     fn step(&self, acc: &mut [f32; LANES], x: &Row) {
         let own: [i32; LANES] =
             std::array::from_fn(|n| ((acc[n].to_bits() >> 23 & 0xFF) as i32).max(1) - 127);
-        let mut largest = own;
-        for (e, w) in x.exponent.iter().zip(self.factors.iter()) {
+        // A zero accumulator counts only below the range in which steps are taken here.
+        let mut largest: [i32; LANES] =
+            std::array::from_fn(|n| if acc[n] == 0.0 { ZERO_EXPONENT } else { own[n] });
+        for (e, w) in x.exponent.as_chunks::<UNROLL>().0.iter().zip(self.factors.as_chunks::<UNROLL>().0) {
             for n in 0..LANES {
-                largest[n] = largest[n].max(e + w.exponent[n]);
+                largest[n] = (0..UNROLL).fold(largest[n], |largest, i| largest.max(e[i] + w[i].exponent[n]));
             }
         }
-        if largest.iter().fold(0, |any, e| any | (e.abs() > EXACT_EXPONENT) as u32) != 0 {
+        let mut outside = 0;
+        for n in 0..LANES {
+            // Where every term is zero, any exponent will do.
+            let zero = largest[n] < ZERO_EXPONENT / 2;
+            outside |= (largest[n].abs() > EXACT_EXPONENT && !zero) as u32;
+            largest[n] = largest[n].max(-EXACT_EXPONENT);
+        }
+        if outside != 0 {
             return self.slow_step(acc, x);
         }
         // 16 products below 4 * 2^25 - 2^18: their sum fits.
         let mut sum = [0i32; LANES];
-        for (((magnitude, exponent), sign), w) in
-            x.magnitude.iter().zip(&x.exponent).zip(&x.sign).zip(&self.factors)
-        {
+        for i in (0..HOPPER_CHUNK_K).step_by(UNROLL) {
             for n in 0..LANES {
-                let shift = (largest[n] - exponent - w.exponent[n]).min(31);
-                let truncated = (magnitude * w.magnitude[n]) >> shift;
-                let sign = sign ^ w.sign[n];
-                sum[n] += (truncated ^ sign) - sign;
+                sum[n] += (i..i + UNROLL)
+                    .map(|i| {
+                        let shift = (largest[n] - x.exponent[i] - self.factors[i].exponent[n]).min(31);
+                        let truncated = (x.magnitude[i] * self.factors[i].magnitude[n]) >> shift;
+                        let sign = x.sign[i] ^ self.factors[i].sign[n];
+                        (truncated ^ sign) - sign
+                    })
+                    .sum::<i32>();
             }
         }
         for n in 0..LANES {
