@@ -272,45 +272,58 @@ per_isa! {
 
     /// Rounds a block of sums into rows `first_row..` of the output.
     fn finish(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
-        let (col, len) = match out {
-            Output::SiluMul(out) => columns(tiles.start / 2, tiles.len() / 2, out.cols()),
-            Output::Bf16(out) | Output::F32(out) => columns(tiles.start, tiles.len(), out.cols()),
-        };
-        for (i, sums) in c.chunks_exact(PANEL_N).enumerate() {
-            let row = first_row + i;
-            // Whole blocks of a known size: the loops become a few vectors.
-            let sums: &[f32; PANEL_N] = sums.try_into().expect("rows of a panel");
-            match out {
-                Output::Bf16(out) => {
-                    let mut rounded = [bf16::ZERO; PANEL_N];
-                    exact::narrow(sums, &mut rounded);
-                    // SAFETY: these columns of the row belong to `tiles`, which this thread alone has.
-                    copy_to(unsafe { out.bf16_part(row, col, len) }, &rounded);
-                }
-                Output::F32(out) => {
-                    // SAFETY: as above.
-                    copy_to(unsafe { out.f32_part(row, col, len) }, sums);
-                }
-                Output::SiluMul(out) => {
+        // Blocks of a known size: the loops become a few vectors.
+        let sums = c.as_chunks::<PANEL_N>().0;
+        match out {
+            Output::Bf16(out) => {
+                let (col, len) = columns(tiles.start, tiles.len(), out.cols());
+                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; PANEL_N]| {
+                    exact::narrow(sums, out);
+                });
+            }
+            Output::SiluMul(out) => {
+                let (col, len) = columns(tiles.start / 2, tiles.len() / 2, out.cols());
+                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; TILE_N]| {
                     let mut both = [bf16::ZERO; PANEL_N];
                     exact::narrow(sums, &mut both);
-                    let (g, u) = both.split_at(TILE_N);
-                    let mut product = [bf16::ZERO; TILE_N];
-                    exact::silu_mul(g, u, &mut product);
-                    // SAFETY: as above.
-                    copy_to(unsafe { out.bf16_part(row, col, len) }, &product);
+                    exact::silu_mul(&both[..TILE_N], &both[TILE_N..], out);
+                });
+            }
+            Output::F32(out) => {
+                let (col, len) = columns(tiles.start, tiles.len(), out.cols());
+                for (i, sums) in sums.iter().enumerate() {
+                    // SAFETY: these columns of the row belong to `tiles`, which this thread alone has.
+                    unsafe { out.f32_part(first_row + i, col, len) }.copy_from_slice(&sums[..len]);
                 }
             }
         }
     }
 }
 
-/// The first elements of `block`; nearly always all of them.
+/// Writes `f` of every row of sums to `len <= N` columns of the output.
 #[inline(always)]
-fn copy_to<T: Copy, const N: usize>(out: &mut [T], block: &[T; N]) {
-    match <&mut [T; N]>::try_from(&mut *out) {
-        Ok(out) => *out = *block,
-        Err(_) => out.copy_from_slice(&block[..out.len()]),
+fn store_rows<const N: usize>(
+    out: TensorMut<'_>,
+    first_row: usize,
+    col: usize,
+    len: usize,
+    sums: &[[f32; PANEL_N]],
+    f: impl Fn(&[f32; PANEL_N], &mut [bf16; N]),
+) {
+    let (start, stride) = out.bf16_block(first_row, sums.len(), col, len);
+    for (i, sums) in sums.iter().enumerate() {
+        let row = start.wrapping_add(i * stride);
+        // SAFETY: inside the block that `bf16_block` has checked; these columns belong to tiles that this thread
+        // alone has.
+        unsafe {
+            if len == N {
+                f(sums, &mut *row.cast::<[bf16; N]>());
+            } else {
+                let mut whole = [bf16::ZERO; N];
+                f(sums, &mut whole);
+                std::slice::from_raw_parts_mut(row, len).copy_from_slice(&whole[..len]);
+            }
+        }
     }
 }
 

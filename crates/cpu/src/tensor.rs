@@ -141,6 +141,18 @@ impl<'a> TensorMut<'a> {
         unsafe { self.f32_part(row, 0, self.tensor.cols) }
     }
 
+    /// First element of the block `[row.., col..]` of `rows` x `cols`, and elements from a row to the next.
+    pub fn bf16_block(self, row: usize, rows: usize, col: usize, cols: usize) -> (*mut bf16, usize) {
+        let t = self.tensor;
+        assert!(
+            t.dtype == Dtype::Bf16 && row + rows <= t.rows && col + cols <= t.cols,
+            "[{row}..+{rows}, {col}..+{cols}] of [{}, {}]",
+            t.rows,
+            t.cols
+        );
+        (t.memory.ptr().cast::<bf16>().wrapping_add(row * t.stride + col), t.stride)
+    }
+
     /// # Safety
     /// Nobody may write to this row while the reference is alive.
     pub unsafe fn f32_row_shared(self, row: usize) -> &'a [f32] {

@@ -161,15 +161,16 @@ macro_rules! prefetch_tile {
     };
 }
 
+// Many rows pass by one panel of B: the rows do not push it out of the first-level cache (T1 loads).
 kernel!(k2x2, k2x2_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
           "tileloadd tmm2, [{c1} + {c_stride}]", "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
     clear ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    step ["tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_stride}]",
+    step ["tileloadd tmm6, [{b} + {b_row}]", "tileloaddt1 tmm4, [{a} + {a_stride}]",
           "tdpbf16ps tmm0, tmm4, tmm6",
           "tileloadd tmm7, [{b} + {b_row} + 1024]",
           "tdpbf16ps tmm1, tmm4, tmm7",
-          "tileloadd tmm5, [{a1} + {a_stride}]",
+          "tileloaddt1 tmm5, [{a1} + {a_stride}]",
           "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
            "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3"]);
@@ -177,8 +178,8 @@ kernel!(k2x1, k2x1_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm2, [{c1} + {c_stride}]"],
     clear ["tilezero tmm0", "tilezero tmm2"],
     step ["tileloadd tmm6, [{b} + {b_row}]",
-          "tileloadd tmm4, [{a} + {a_stride}]", "tdpbf16ps tmm0, tmm4, tmm6",
-          "tileloadd tmm5, [{a1} + {a_stride}]", "tdpbf16ps tmm2, tmm5, tmm6"],
+          "tileloaddt1 tmm4, [{a} + {a_stride}]", "tdpbf16ps tmm0, tmm4, tmm6",
+          "tileloaddt1 tmm5, [{a1} + {a_stride}]", "tdpbf16ps tmm2, tmm5, tmm6"],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c1} + {c_stride}], tmm2"]);
 kernel!(k1x4, k1x4_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
