@@ -44,7 +44,7 @@ pub fn kernels() -> Vec<KernelSource> {
         let tokens = [1, 8, 9, 17, 33, 49, 65, 97, 129, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
         sources.extend(tokens.iter().map(|t| plan(&spec, *t, 132).source(&spec)));
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = std::collections::BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources
 }
