@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bitfast::{EngineArgs, LLM, Progress};
+use bitfast::{Activity, EngineArgs, LLM, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::exit::Outcome;
@@ -16,13 +16,13 @@ pub fn bar(len: u64, unit: &str, quiet: bool) -> ProgressBar {
     bar
 }
 
-/// Shows how fetches go.
-pub struct FetchBar {
+/// Shows how fetches and loads go.
+pub struct StartBar {
     bar: Option<ProgressBar>,
     quiet: bool,
 }
 
-impl FetchBar {
+impl StartBar {
     /// Draws nothing when `quiet`.
     pub fn new(quiet: bool) -> Self {
         Self { bar: None, quiet }
@@ -31,13 +31,17 @@ impl FetchBar {
     /// Takes in one report.
     pub fn show(&mut self, progress: Progress) {
         match progress {
-            Progress::Start { what, total } => {
-                if !self.quiet {
+            Progress::Start { activity, what, total } => {
+                // A fetch is worth a line that stays; a load is over soon and happens every time.
+                if activity == Activity::Fetch && !self.quiet {
                     eprintln!("fetching {what}");
                 }
                 let bar = ProgressBar::with_draw_target(total, target(self.quiet));
-                let template = "{bar:32} {bytes}/{total_bytes} {bytes_per_sec} [{elapsed} < {eta}]";
+                let template = "{msg}{bar:32} {bytes}/{total_bytes} {bytes_per_sec} [{elapsed} < {eta}]";
                 bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+                if activity == Activity::Load {
+                    bar.set_message("loading ");
+                }
                 self.bar = Some(bar);
             }
             Progress::Bytes(bytes) => {
@@ -56,7 +60,7 @@ impl FetchBar {
 
 /// Loads the model, fetching it where needed, and prints the start-up line.
 pub fn start(args: EngineArgs, quiet: bool) -> Outcome<LLM> {
-    let mut bar = FetchBar::new(quiet);
+    let mut bar = StartBar::new(quiet);
     let llm = LLM::with_progress(args, &mut |p| bar.show(p))?;
     if !quiet {
         let info = llm.info();

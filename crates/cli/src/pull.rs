@@ -6,11 +6,11 @@ use bitfast::{LoadFormat, ModelFiles, PACKAGES};
 
 use crate::exit::{Exit, Outcome};
 use crate::flags::PullArgs;
-use crate::progress::FetchBar;
+use crate::progress::StartBar;
 
 /// Fetches a model and prints where it is.
 pub fn pull(args: &PullArgs) -> Outcome {
-    let mut bar = FetchBar::new(args.quiet);
+    let mut bar = StartBar::new(args.quiet);
     let files =
         bitfast::resolve(&args.name, args.revision.as_deref(), LoadFormat::Auto, &mut |p| bar.show(p))?;
     let (ModelFiles::Folder(path) | ModelFiles::Gguf(path)) = files else {

@@ -95,6 +95,7 @@ fn identity_digest(weights: &[u8; 32], config: &[u8; 32]) -> [u8; 8] {
         contract::NORM_LANES,
         contract::LSE_CHUNK,
         contract::LEAF_MULTIPLE,
+        contract::HOPPER_LEAF_MIN,
     ];
     let mut hasher = blake3::Hasher::new();
     hasher.update(&contract::NUMERICS_VERSION.to_le_bytes());

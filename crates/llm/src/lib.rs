@@ -29,7 +29,7 @@ pub use bitfast_engine::{
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_text::{ChatMessage, Tokenizer};
 pub use error::{Error, Result};
-pub use fetch::{ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
+pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
 pub use llm::LLM;
 pub use output::{
     CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, StopReason,

@@ -47,9 +47,9 @@ impl LLM {
         Self::with_progress(args, &mut |_| ())
     }
 
-    /// [`new`](Self::new), telling how a fetch goes.
-    pub fn with_progress(args: EngineArgs, on_fetch: &mut dyn FnMut(Progress)) -> Result<Self> {
-        let parts = load::load(&args, on_fetch)?;
+    /// [`new`](Self::new), telling how fetches and the load go.
+    pub fn with_progress(args: EngineArgs, on_progress: &mut dyn FnMut(Progress)) -> Result<Self> {
+        let parts = load::load(&args, on_progress)?;
         Ok(Self {
             engine: parts.engine,
             tokenizer: parts.tokenizer,

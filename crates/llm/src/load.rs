@@ -31,10 +31,10 @@ pub(crate) struct Opened {
 }
 
 /// Finds, opens and loads everything, and starts the engine.
-pub(crate) fn load(args: &EngineArgs, on_fetch: OnProgress<'_>) -> Result<Parts> {
+pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Parts> {
     args.validate()?;
     let isa = start::isa(args)?;
-    let files = fetch::resolve(&args.model, args.revision.as_deref(), args.load_format, &mut *on_fetch)?;
+    let files = fetch::resolve(&args.model, args.revision.as_deref(), args.load_format, &mut *on_progress)?;
     let bad =
         |e: &dyn std::fmt::Display| Error::BadModel { name: args.model.clone(), message: e.to_string() };
     let gguf = match &files {
@@ -49,7 +49,7 @@ pub(crate) fn load(args: &EngineArgs, on_fetch: OnProgress<'_>) -> Result<Parts>
     };
     let tokenizer = match &args.tokenizer {
         _ if args.skip_tokenizer_init => None,
-        Some(name) => Some(other_tokenizer(name, on_fetch)?),
+        Some(name) => Some(other_tokenizer(name, &mut *on_progress)?),
         None => own_tokenizer().map_err(|e| {
             bad(&format!("{e} (another can be named as tokenizer; skip_tokenizer_init needs none)"))
         })?,
@@ -58,7 +58,7 @@ pub(crate) fn load(args: &EngineArgs, on_fetch: OnProgress<'_>) -> Result<Parts>
         args.chat_template.as_deref().map(|path| template(path, tokenizer.as_ref())).transpose()?;
     let eos = end_tokens(&opened, tokenizer.as_ref());
     let generation = opened.generation.clone();
-    let engine = start::engine(args, isa, &opened, eos)?;
+    let engine = start::engine(args, isa, &opened, eos, on_progress)?;
     Ok(Parts { engine, tokenizer, chat_template, generation })
 }
 
@@ -113,7 +113,7 @@ fn read(path: &Path) -> Result<(String, String)> {
 }
 
 /// A tokenizer named apart from the model: a folder, a file of one, or a hub id.
-fn other_tokenizer(name: &str, on_fetch: OnProgress<'_>) -> Result<Tokenizer> {
+fn other_tokenizer(name: &str, on_progress: OnProgress<'_>) -> Result<Tokenizer> {
     let path = Path::new(name);
     let bad = |e: &dyn std::fmt::Display| Error::invalid("tokenizer", format!("{name}: {e}"));
     if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
@@ -125,9 +125,9 @@ fn other_tokenizer(name: &str, on_fetch: OnProgress<'_>) -> Result<Tokenizer> {
     } else if path.file_name().is_some_and(|f| f == "tokenizer.json") && path.is_file() {
         path.parent().map_or_else(PathBuf::new, Path::to_path_buf)
     } else {
-        match fetch::resolve_tokenizer(name, on_fetch)? {
+        match fetch::resolve_tokenizer(name, on_progress)? {
             ModelFiles::Folder(dir) => dir,
-            ModelFiles::Gguf(path) => return other_tokenizer(&path.to_string_lossy(), on_fetch),
+            ModelFiles::Gguf(path) => return other_tokenizer(&path.to_string_lossy(), on_progress),
             ModelFiles::Builtin(_) => return Err(bad(&"a built-in config has no tokenizer")),
         }
     };

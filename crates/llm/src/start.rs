@@ -11,6 +11,7 @@ use bitfast_ops::Backend;
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
 use crate::error::{Error, Result};
+use crate::fetch::{Activity, OnProgress, Progress};
 use crate::load::Opened;
 
 /// Most memory that the KV cache takes unasked.
@@ -30,7 +31,13 @@ pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
 }
 
 /// Loads the weights and starts the engine's thread.
-pub(crate) fn engine(args: &EngineArgs, isa: Isa, opened: &Opened, eos: Vec<u32>) -> Result<EngineHandle> {
+pub(crate) fn engine(
+    args: &EngineArgs,
+    isa: Isa,
+    opened: &Opened,
+    eos: Vec<u32>,
+    on_progress: OnProgress<'_>,
+) -> Result<EngineHandle> {
     match args.device {
         Device::Auto | Device::Cpu => {
             let options = CpuOptions {
@@ -41,7 +48,7 @@ pub(crate) fn engine(args: &EngineArgs, isa: Isa, opened: &Opened, eos: Vec<u32>
             };
             let backend = CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))?;
             let threads = backend.threads();
-            on_backend(backend, threads, args, opened, eos)
+            on_backend(backend, threads, args, opened, eos, on_progress)
         }
     }
 }
@@ -52,6 +59,7 @@ fn on_backend<B: Backend>(
     args: &EngineArgs,
     opened: &Opened,
     eos: Vec<u32>,
+    on_progress: OnProgress<'_>,
 ) -> Result<EngineHandle> {
     let block_size = block_size(args, backend.block_sizes())?;
     let layout = bitfast_model::kv_layout(&opened.config, backend.rank().1, block_size);
@@ -71,7 +79,10 @@ fn on_backend<B: Backend>(
         max_model_len: size.max_model_len,
         threads,
     };
-    let loaded = bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut |_| ());
+    on_progress(Progress::Start { activity: Activity::Load, what: args.model.clone(), total: Some(weights) });
+    let mut on_tensor = |done: bitfast_model::Progress| on_progress(Progress::Bytes(done.bytes));
+    let loaded = bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut on_tensor);
+    on_progress(Progress::Done);
     let loaded = loaded.map_err(|e| match e {
         bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
         bitfast_model::LoadError::Option { option, .. } => Error::invalid(option, e.to_string()),

@@ -6,7 +6,7 @@ use hf_hub::api::Progress as HubProgress;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::{ModelFiles, OnProgress, Progress, user_cache_dir};
+use super::{Activity, ModelFiles, OnProgress, Progress, user_cache_dir};
 use crate::args::LoadFormat;
 use crate::env;
 use crate::error::{Error, Result};
@@ -191,7 +191,11 @@ struct Report<'a> {
 
 impl HubProgress for Report<'_> {
     fn init(&mut self, size: usize, filename: &str) {
-        (self.on)(Progress::Start { what: filename.into(), total: Some(size as u64) });
+        (self.on)(Progress::Start {
+            activity: Activity::Fetch,
+            what: filename.into(),
+            total: Some(size as u64),
+        });
     }
     fn update(&mut self, size: usize) {
         self.seen += size as u64;

