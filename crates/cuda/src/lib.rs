@@ -7,10 +7,12 @@
 //! shape; what chooses tiles, stages, clusters and grids ([`linear::plan`]) sees the token count and has no order to
 //! choose: every variant of a kernel computes the same bits.
 
+pub mod attention;
 pub mod catalogue;
 pub mod driver;
 mod error;
 pub mod jit;
 pub mod linear;
+pub mod rows;
 
 pub use error::{CudaError, Result};

@@ -1,0 +1,317 @@
+// Causal grouped-query attention over the paged cache in the hopper order (NUMERICS.md), on mma.sync m16n8k16, which has wgmma's bits.
+//
+// A CTA works on one item: up to ROWS query rows of one sequence and one key/value head, a row being a (token, head of the
+// group) pair, token-major. A producer warp streams tiles of 64 keys, K then V, into a ring of SLOTS by bulk copies: a
+// block of the cache is [kv head][K, V][D / 64][64 tokens][64 elements] in the 128-byte swizzle, what ldmatrix and wgmma
+// read without conflicts. ROW_WARPS x DIM_WARPS consumer warps: each computes the scores of its 16 rows and a slice of D of the output,
+// so no data crosses warps; scores are computed DIM_WARPS times over.
+//
+// SPLIT 1: a CTA takes one split of 512 keys, and the last one of an item to arrive folds the partial results, always in ascending order.
+// SPLIT 0: it takes all of them, one after the other; the fold so far lies in shared memory.
+//
+// Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT
+#define HEADS (GROUP * KV_HEADS)
+#define TILE 64
+#define SPLIT_TILES 8
+#define WARPS (ROW_WARPS * DIM_WARPS)
+#define ROWS (HALF ? 8 : 16 * ROW_WARPS) // HALF: rows 8 to 15 of the one row tile stay empty
+#define DIMS (D / DIM_WARPS)
+#define NT (DIMS / 8)
+#define TILE_BYTES (TILE * D * 2)
+#define PARTIAL_FLOATS (ROWS * (D + 2))
+static_assert(D % 64 == 0 && DIMS % 16 == 0, "rows of the swizzle are 64 elements");
+static_assert(!HALF || ROW_WARPS == 1, "HALF is for one row tile");
+
+// Rows of a sequence in this step: its first row in the batch, their number, tokens in the cache before them.
+struct Seq {
+    u32 first_row, rows, context, unused;
+};
+// A piece of work: first row (token-major, head of the group) and where its partial results go, in splits.
+struct Item {
+    u32 seq, row, partial, unused;
+};
+
+__device__ __forceinline__ void ldmatrix4(u32 (&r)[4], u32 addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+__device__ __forceinline__ void ldmatrix4_trans(u32 (&r)[4], u32 addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
+__device__ __forceinline__ float4 load_l2(const float* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load2_l2(const float* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+template <int N> struct Const {
+    static constexpr int value = N;
+};
+
+// A softmax over some keys of one row: its values and l are scaled by 2^-m.
+struct Weights {
+    float m, l;
+};
+// The factors by which two partial results join; a is the earlier one and becomes the join's own weights.
+__device__ __forceinline__ float2 fold(Weights& a, Weights b) {
+    const float m = larger(a.m, b.m), wa = pow2i(__fsub_rn(a.m, m)), wb = pow2i(__fsub_rn(b.m, m));
+    a = {m, __fmaf_rn(a.l, wa, __fmul_rn(b.l, wb))};
+    return make_float2(wa, wb);
+}
+__device__ __forceinline__ float join(float a, float b, float2 w) { return __fmaf_rn(a, w.x, __fmul_rn(b, w.y)); }
+// The last add makes the sign of a zero canonical.
+__device__ __forceinline__ float finish(float o, float inverse) { return __fadd_rn(__fmul_rn(o, inverse), 0.f); }
+
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
+    attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
+              const Item* __restrict__ items, const u32* __restrict__ tables, int table_pitch, float scale_log2, float* partials, u32* arrived) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 ring = smem_addr(smem), full = ring + SLOTS * TILE_BYTES, empty = full + 8 * SLOTS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int split = blockIdx.x, kv_head = blockIdx.y;
+    launch_dependents();
+    const Item item = items[blockIdx.z];
+    const Seq seq = seqs[item.seq];
+    const int rows = min((int)(seq.rows * GROUP) - (int)item.row, ROWS); // of this item
+    if (rows <= 0) return;
+    const int end = seq.context + (item.row + rows - 1) / GROUP + 1; // keys that any row attends to
+    const int all_tiles = (end + TILE - 1) / TILE, splits = (all_tiles + SPLIT_TILES - 1) / SPLIT_TILES;
+    const int first_tile = SPLIT ? split * SPLIT_TILES : 0;
+    const int last_tile = SPLIT ? min(first_tile + SPLIT_TILES, all_tiles) : all_tiles;
+    if (first_tile >= all_tiles) return;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, WARPS);
+        mbar_init_fence();
+    }
+    __syncthreads();
+
+    if (warp == WARPS) {
+        const u32* table = tables + (u64)item.seq * table_pitch;
+        u32 blocks = 0;
+        bool waited = false;
+        for (int i = 0; i < 2 * (last_tile - first_tile); i++) {
+            const int at = i / 2, slot = i % SLOTS, use = i / SLOTS;
+            if (i % 64 == 0) blocks = first_tile + at + lane < last_tile ? table[first_tile + at + lane] : 0;
+            const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, at % 32);
+            // Only this step's own keys come from the previous kernel.
+            if (!waited && (first_tile + at + 1) * TILE > (int)seq.context) wait_for_producers(), waited = true;
+            if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
+            if (lane == 0) {
+                mbar_expect_tx(full + 8 * slot, TILE_BYTES);
+                bulk_load(ring + slot * TILE_BYTES, kv + (((u64)block * KV_HEADS + kv_head) * 2 + i % 2) * TILE_BYTES, TILE_BYTES, full + 8 * slot);
+            }
+            __syncwarp();
+        }
+        return;
+    }
+
+    const int g = lane / 4, t = lane % 4, row_warp = warp / DIM_WARPS, dim_warp = warp % DIM_WARPS;
+    const int row0 = row_warp * 16 + g, row1 = row0 + 8; // this lane's rows in the item
+    // Rows past the item do as the last one does; nothing of them is written.
+    auto position = [&](int row) { return (int)(seq.context + (item.row + min(row, rows - 1)) / GROUP); };
+    const int pos0 = position(row0), pos1 = position(row1);
+    const int low_pos = position(row_warp * 16), high_pos = position(row_warp * 16 + 15);
+    auto element = [&](int row) { // index of the row's first element in q and out
+        const u32 r = item.row + row;
+        return ((u64)(seq.first_row + r / GROUP) * HEADS + kv_head * GROUP + r % GROUP) * D;
+    };
+    wait_for_producers();
+    u32 query[D / 16][4];
+    {
+        const bf16 *q0 = q + (row0 < rows ? element(row0) : 0) + 2 * t, *q1 = q + (row1 < rows ? element(row1) : 0) + 2 * t;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            query[k][0] = row0 < rows ? *(const u32*)(q0 + 16 * k) : 0;
+            query[k][2] = row0 < rows ? *(const u32*)(q0 + 16 * k + 8) : 0;
+            query[k][1] = !HALF && row1 < rows ? *(const u32*)(q1 + 16 * k) : 0;
+            query[k][3] = !HALF && row1 < rows ? *(const u32*)(q1 + 16 * k + 8) : 0;
+        }
+    }
+    // This lane's row of ldmatrix: 16 keys x 16 elements of K, 16 keys x 16 elements of V (transposed).
+    const u32 k_row = (lane / 16 * 8 + lane % 8) * 128, k_chunk = lane / 8 % 2;
+    const u32 v_row = (lane / 8 % 2 * 8 + lane % 8) * 128, v_chunk = dim_warp * (DIMS / 8) + lane / 16;
+    auto chunk_at = [&](u32 chunk) { return chunk / 8 * (TILE * 128) + ((chunk % 8) ^ (lane % 8)) * 16; };
+
+    float o[NT][4];
+    float l0 = 0.f, l1 = 0.f, m0 = -INFINITE, m1 = -INFINITE; // l: of this lane's keys
+    Weights total0 = {-INFINITE, 0.f}, total1 = {-INFINITE, 0.f};
+    const u32 folded = empty + 8 * SLOTS + threadIdx.x * 16; // this thread's part of the fold so far
+#pragma unroll
+    for (int j = 0; j < NT; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+
+    auto lanes_sum = [&](float l) {
+        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
+        return __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
+    };
+    // Joins the split that has just ended to those before it.
+    auto end_split = [&](bool first, bool last) {
+        const float2 w0 = fold(total0, {m0, lanes_sum(l0)}), w1 = fold(total1, {m1, lanes_sum(l1)});
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            const u32 at = folded + j * (32 * WARPS * 16);
+            const float4 sum = first ? make_float4(0.f, 0.f, 0.f, 0.f) : smem_load4(at);
+            const float4 v = make_float4(join(sum.x, o[j][0], w0), join(sum.y, o[j][1], w0), join(sum.z, o[j][2], w1), join(sum.w, o[j][3], w1));
+            if (last) o[j][0] = v.x, o[j][1] = v.y, o[j][2] = v.z, o[j][3] = v.w;
+            else smem_store4(at, v.x, v.y, v.z, v.w), o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+        }
+        l0 = l1 = 0.f, m0 = m1 = -INFINITE;
+    };
+
+#pragma unroll 1
+    for (int tile = first_tile; tile < last_tile; tile++) {
+        const int i = 2 * (tile - first_tile), key0 = tile * TILE;
+        if (!SPLIT && tile > 0 && tile % SPLIT_TILES == 0) end_split(tile == SPLIT_TILES, false);
+        auto wait_slot = [&](int i) { mbar_wait(full + 8 * (i % SLOTS), i / SLOTS & 1); };
+        // Without the fence the arrival can overtake loads of the slot whose results nobody has used yet, and the next copy lands in the
+        // middle of them (LOG.md, "a slot handed back too early").
+        auto release_slot = [&](int i) {
+            async_proxy_fence();
+            __syncwarp();
+            if (lane == 0) mbar_arrive(empty + 8 * (i % SLOTS));
+        };
+        wait_slot(i);
+        if (key0 > high_pos) { // masked for every row of this warp: would change no bit
+            release_slot(i);
+            wait_slot(i + 1);
+            release_slot(i + 1);
+            continue;
+        }
+        float s[8][4];
+#pragma unroll
+        for (int n = 0; n < 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+        const u32 k_tile = ring + i % SLOTS * TILE_BYTES + k_row;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                u32 b[4];
+                ldmatrix4(b, k_tile + n * 16 * 128 + chunk_at(2 * k + k_chunk));
+                mma_16816(s[2 * n], query[k][0], query[k][1], query[k][2], query[k][3], b[0], b[1]);
+                mma_16816(s[2 * n + 1], query[k][0], query[k][1], query[k][2], query[k][3], b[2], b[3]);
+            }
+        const bool masked = key0 + TILE - 1 > low_pos;
+        if (masked) {
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int key = key0 + n * 8 + 2 * t + e;
+                    if (key > pos0) s[n][e] = -INFINITE;
+                    if (key > pos1) s[n][2 + e] = -INFINITE;
+                }
+        }
+        // The weights of one row's tile; s becomes P, l grows, the factor for what came before is returned.
+        auto soften = [&](auto half, float& m, float& l) {
+            constexpr int H = half.value;
+            float best = -INFINITE;
+#pragma unroll
+            for (int n = 0; n < 8; n++) best = fmaxf(best, fmaxf(s[n][H], s[n][H + 1]));
+            best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
+            const float next = fmaxf(m, ceilf(__fmul_rn(best, scale_log2))), rescale = pow2i(__fsub_rn(m, next));
+            l = __fmul_rn(l, rescale), m = next;
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float score = s[n][H + e];
+                    float p = exp2_poly3(fmaxf(-125.f, __fmaf_rn(score, scale_log2, -next)));
+                    if (masked && score == -INFINITE) p = 0.f;
+                    s[n][H + e] = p;
+                    l = __fadd_rn(l, p);
+                }
+            return rescale;
+        };
+        const float rescale0 = soften(Const<0>(), m0, l0), rescale1 = HALF ? 1.f : soften(Const<2>(), m1, l1);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            o[j][0] = __fmul_rn(o[j][0], rescale0), o[j][1] = __fmul_rn(o[j][1], rescale0);
+            if (!HALF) o[j][2] = __fmul_rn(o[j][2], rescale1), o[j][3] = __fmul_rn(o[j][3], rescale1);
+        }
+
+        release_slot(i); // its scores are all used by now
+        wait_slot(i + 1);
+        const u32 v_tile = ring + (i + 1) % SLOTS * TILE_BYTES + v_row;
+        const bool ragged = key0 + TILE > end; // values past the last key are garbage, and 0 * NaN is NaN
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const u32 a0 = pack_bf16(s[2 * c][0], s[2 * c][1]), a2 = pack_bf16(s[2 * c + 1][0], s[2 * c + 1][1]);
+            const u32 a1 = HALF ? 0 : pack_bf16(s[2 * c][2], s[2 * c][3]), a3 = HALF ? 0 : pack_bf16(s[2 * c + 1][2], s[2 * c + 1][3]);
+            const int left = end - key0 - 16 * c - 2 * t; // keys from this lane's first one on
+            const u32 keep0 = left >= 2 ? 0xFFFFFFFFu : left == 1 ? 0xFFFFu : 0, keep1 = left >= 10 ? 0xFFFFFFFFu : left == 9 ? 0xFFFFu : 0;
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                u32 b[4];
+                ldmatrix4_trans(b, v_tile + c * 16 * 128 + chunk_at(v_chunk + j));
+                if (ragged) b[0] &= keep0, b[1] &= keep1, b[2] &= keep0, b[3] &= keep1;
+                mma_16816(o[j], a0, a1, a2, a3, b[0], b[1]);
+                mma_16816(o[j + 1], a0, a1, a2, a3, b[2], b[3]);
+            }
+        }
+        release_slot(i + 1);
+    }
+
+    if (!SPLIT || splits == 1) {
+        if (!SPLIT) end_split(splits == 1, true);
+        else total0.l = lanes_sum(l0), total1.l = lanes_sum(l1);
+        const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
+        bf16 *out0 = out + (row0 < rows ? element(row0) : 0) + dim_warp * DIMS + 2 * t, *out1 = out + (row1 < rows ? element(row1) : 0) + dim_warp * DIMS + 2 * t;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            if (row0 < rows) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[j][0], inverse0), finish(o[j][1], inverse0));
+            if (!HALF && row1 < rows) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[j][2], inverse1), finish(o[j][3], inverse1));
+        }
+        return;
+    }
+
+    // [split][kv head]: weights [ROWS][m, l], then [ROWS][D].
+    auto partial_of = [&](int split) { return partials + ((u64)(item.partial + split) * KV_HEADS + kv_head) * PARTIAL_FLOATS; };
+    {
+        float* const mine = partial_of(split);
+        const float sum0 = lanes_sum(l0), sum1 = lanes_sum(l1);
+        auto put = [&](int row, float m, float l, int half) {
+            if (row >= rows) return;
+            if (dim_warp == 0 && t == 0) *(float2*)(mine + 2 * row) = make_float2(m, l);
+#pragma unroll
+            for (int j = 0; j < NT; j++) *(float2*)(mine + 2 * ROWS + row * D + dim_warp * DIMS + 8 * j + 2 * t) = half ? make_float2(o[j][2], o[j][3]) : make_float2(o[j][0], o[j][1]);
+        };
+        put(row0, m0, sum0, 0);
+        if (!HALF) put(row1, m1, sum1, 1);
+    }
+    __threadfence();
+    sync_consumers();
+    if (threadIdx.x == 0) {
+        u32* const count = arrived + blockIdx.z * KV_HEADS + kv_head;
+        const bool last = atomicAdd(count, 1) == splits - 1;
+        if (last) *count = 0; // for the next launch
+        *(volatile u32*)smem = last;
+    }
+    sync_consumers();
+    if (!*(volatile u32*)smem) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < rows * (D / 4); i += 32 * WARPS) {
+        const int row = i / (D / 4), dim = i % (D / 4) * 4;
+        auto weights = [&](int split) {
+            const float2 v = load2_l2(partial_of(split) + 2 * row);
+            return Weights{v.x, v.y};
+        };
+        auto values = [&](int split) { return load_l2(partial_of(split) + 2 * ROWS + row * D + dim); };
+        Weights total = weights(0);
+        float4 v = values(0);
+#pragma unroll 4
+        for (int other = 1; other < splits; other++) {
+            const float4 b = values(other);
+            const float2 w = fold(total, weights(other));
+            v = make_float4(join(v.x, b.x, w), join(v.y, b.y, w), join(v.z, b.z, w), join(v.w, b.w, w));
+        }
+        const float inverse = __frcp_rn(total.l);
+        const u32 lo = pack_bf16(finish(v.x, inverse), finish(v.y, inverse)), hi = pack_bf16(finish(v.z, inverse), finish(v.w, inverse));
+        *(uint2*)(out + element(row) + dim) = make_uint2(lo, hi);
+    }
+}

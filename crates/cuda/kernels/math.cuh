@@ -1,0 +1,81 @@
+// Device twins of ops::exact: every function here gives the bits of the Rust function of the same name. No contraction (-fmad=false),
+// no flush of denormals, IEEE division and square root (NVRTC's defaults). Payloads of NaNs are not part of the law.
+
+#define LOG2_E __uint_as_float(0x3FB8AA3Bu)
+#define LN2 __uint_as_float(0x3F317218u)
+#define F32_MAX __uint_as_float(0x7F7FFFFFu)
+#define INFINITE __uint_as_float(0x7F800000u)
+// 1.5 * 2^23: adding it rounds to an integer (nearest even), which then stands in the low mantissa bits.
+#define ROUND_MAGIC 12582912.f
+
+__device__ __forceinline__ float lo_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float hi_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ __forceinline__ bf16 f32_to_bf16(float x) { return (bf16)pack_bf16(x, 0.f); }
+
+// c[0] + x (c[1] + x (...)) by fma, highest power first; coefficients by their bits.
+template <int N> __device__ __forceinline__ float horner(const u32 (&c)[N], float x) {
+    float p = __uint_as_float(c[N - 1]);
+#pragma unroll
+    for (int i = N - 2; i >= 0; i--) p = __fmaf_rn(p, x, __uint_as_float(c[i]));
+    return p;
+}
+
+// t = n + f, n its nearest integer, in `shift` as an addend for the exponent field.
+__device__ __forceinline__ float split_integer(float t, u32& shift) {
+    const float z = __fadd_rn(t, ROUND_MAGIC);
+    shift = __float_as_uint(z) << 23;
+    return __fsub_rn(t, __fsub_rn(z, ROUND_MAGIC));
+}
+
+// 2^t for t in [-125, 64], relative error 1.02e-4.
+__device__ __forceinline__ float exp2_poly3(float t) {
+    constexpr u32 C[4] = {0x3F800000u, 0x3F317AFDu, 0x3E780626u, 0x3D61512Au};
+    u32 shift;
+    const float f = split_integer(t, shift);
+    return __uint_as_float(__float_as_uint(horner(C, f)) + shift);
+}
+
+// 2^t to full precision: +0 below -126 and for NaN, infinity from 128 on.
+__device__ __forceinline__ float exp2_full(float t) {
+    constexpr u32 C[7] = {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu};
+    u32 shift;
+    const float f = split_integer(t, shift);
+    const float value = __uint_as_float(__float_as_uint(horner(C, f)) + shift);
+    return t >= 128.f ? INFINITE : t >= -126.f ? value : 0.f;
+}
+
+// 2^d for an integer d <= 0: +0 below -126 and for NaN.
+__device__ __forceinline__ float pow2i(float d) {
+    u32 shift;
+    split_integer(d, shift);
+    return d >= -126.f ? __uint_as_float(0x3F800000u + shift) : 0.f;
+}
+
+// log2(x) for a positive normal x.
+__device__ __forceinline__ float log2_full(float x) {
+    constexpr u32 C[10] = {0x3FB8AA3Bu, 0xBF38AA3Bu, 0x3EF638C7u, 0xBEB8AA54u, 0x3E93B19Bu,
+                           0xBE764496u, 0x3E521A22u, 0xBE361A06u, 0x3E40A008u, 0xBE357B8Fu};
+    const int e = (int)(__float_as_uint(x) - 0x3F2AAAABu) >> 23;
+    const float f = __fsub_rn(__uint_as_float(__float_as_uint(x) - ((u32)e << 23)), 1.f);
+    return __fmaf_rn(f, horner(C, f), (float)e);
+}
+
+// The larger one; a NaN in b does not count.
+__device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
+
+// Adjacent-pair tree over N (a power of two) values of a thread, lowest index bit first.
+template <int N> __device__ __forceinline__ float tree_of(const float (&v)[N]) {
+    if constexpr (N == 1) return v[0];
+    else {
+        float half[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) half[i] = __fadd_rn(v[2 * i], v[2 * i + 1]);
+        return tree_of(half);
+    }
+}
+// Adjacent-pair tree over the lanes of a warp (an add commutes, so every lane ends with the sum).
+__device__ __forceinline__ float warp_tree(float v) {
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) v = __fadd_rn(v, __shfl_xor_sync(0xFFFFFFFFu, v, bit));
+    return v;
+}

@@ -1,0 +1,206 @@
+//! Causal grouped-query attention over the paged cache, in the hopper order.
+//!
+//! [`AttentionSpec`] is the numerics: the heads' shape. A [`Tiling`] is a launch plan: rows, warps, ring slots, whether splits of
+//! a row go to blocks of their own. Any tiling computes the same bits.
+
+use bitfast_ops::SeqInput;
+
+use crate::Result;
+use crate::driver::{Arg, Buffer, Device, Kernel, Launch, Overlap, Stream};
+use crate::jit::{Jit, KernelSource};
+use crate::rows::MATH;
+
+mod cache;
+mod work;
+
+pub use cache::{BLOCK_TOKENS, Cached, block_bytes, element_offset};
+pub use work::{AttentionBatch, Work};
+
+/// Shared memory that a block may use on sm_90, bytes.
+const SMEM_LIMIT: usize = 232_448;
+
+/// What fixes the bits of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionSpec {
+    /// Query heads of this rank.
+    pub heads: usize,
+    /// Key/value heads of this rank.
+    pub kv_heads: usize,
+    /// Elements per head: a multiple of 64.
+    pub head_dim: usize,
+}
+
+impl AttentionSpec {
+    /// Query heads of one key/value head.
+    pub fn group(&self) -> usize {
+        assert!(
+            self.heads.is_multiple_of(self.kv_heads),
+            "{} heads over {} key/value heads",
+            self.heads,
+            self.kv_heads
+        );
+        self.heads / self.kv_heads
+    }
+}
+
+/// How attention is computed; never what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tiling {
+    /// Warps over rows, 16 each. A row is a (token, head of the group) pair.
+    pub row_warps: usize,
+    /// Warps over the output's elements; each computes the scores anew.
+    pub dim_warps: usize,
+    /// Ring slots (64 keys or values each).
+    pub slots: usize,
+    /// Blocks that share a multiprocessor.
+    pub min_ctas: usize,
+    /// What one block computes.
+    pub share: Share,
+}
+
+/// The part of a row's keys that one block takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Share {
+    /// One split of 512; the last block of a row joins them.
+    Split,
+    /// All splits, one after the other.
+    Whole,
+    /// As `Split`, for at most 8 rows.
+    HalfSplit,
+}
+
+impl Tiling {
+    /// For few rows a sequence (decode): splits go to blocks of their own.
+    pub fn decode(spec: &AttentionSpec) -> Self {
+        let share = if spec.group() <= 8 { Share::HalfSplit } else { Share::Split };
+        // Two blocks a multiprocessor, with as much of the cache on its way as shared memory holds.
+        let slots = (110_000 / (128 * spec.head_dim)).min(16);
+        Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share }
+    }
+
+    /// For many rows a sequence (prefill).
+    pub fn prefill(spec: &AttentionSpec) -> Self {
+        // Larger heads: more warps over the output, so that a warp's sums stay in registers.
+        let (row_warps, dim_warps) = if spec.head_dim > 128 { (2, 4) } else { (8, 1) };
+        Self { row_warps, dim_warps, slots: 4, min_ctas: 1, share: Share::Whole }
+    }
+
+    /// Rows of an item of work.
+    pub fn rows(&self) -> usize {
+        if self.share == Share::HalfSplit { 8 } else { 16 * self.row_warps }
+    }
+
+    /// Threads of a block: the consumers and one producer warp.
+    pub fn threads(&self) -> usize {
+        32 * (self.row_warps * self.dim_warps + 1)
+    }
+
+    /// The kernel's source for `spec`.
+    pub fn source(&self, spec: &AttentionSpec) -> KernelSource {
+        assert!(
+            spec.head_dim.is_multiple_of(64) && (spec.head_dim / self.dim_warps).is_multiple_of(16),
+            "{self:?} for heads of {}",
+            spec.head_dim
+        );
+        KernelSource {
+            name: "attention_paged",
+            parts: &[MATH, include_str!("../../kernels/attention_paged.cu")],
+            defines: vec![
+                ("D", spec.head_dim as i64),
+                ("GROUP", spec.group() as i64),
+                ("KV_HEADS", spec.kv_heads as i64),
+                ("ROW_WARPS", self.row_warps as i64),
+                ("DIM_WARPS", self.dim_warps as i64),
+                ("HALF", i64::from(self.share == Share::HalfSplit)),
+                ("SLOTS", self.slots as i64),
+                ("MIN_CTAS", self.min_ctas as i64),
+                ("SPLIT", i64::from(self.share != Share::Whole)),
+            ],
+            wgmma_n: None,
+        }
+    }
+
+    /// Dynamic shared memory of a block; panics if a block cannot have so much.
+    pub fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
+        let ring = self.slots * (BLOCK_TOKENS * spec.head_dim * 2 + 16);
+        let fold = if self.share == Share::Whole { 16 * self.row_warps * spec.head_dim * 4 } else { 0 };
+        let bytes = ring + fold;
+        assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
+        bytes
+    }
+
+    /// Bytes of one split's partial results over all key/value heads.
+    fn partial_bytes(&self, spec: &AttentionSpec) -> usize {
+        spec.kv_heads * self.rows() * (spec.head_dim + 2) * 4
+    }
+}
+
+/// A compiled attention.
+pub struct Attention {
+    spec: AttentionSpec,
+    tiling: Tiling,
+    kernel: Kernel,
+}
+
+impl Attention {
+    /// Compiles (or finds in the cache) and loads.
+    ///
+    /// # Errors
+    /// The compiler's or the driver's.
+    pub fn new(device: &Device, jit: &Jit, spec: AttentionSpec, tiling: Tiling) -> Result<Self> {
+        let cubin = jit.cubin(&tiling.source(&spec))?;
+        let kernel = device.kernel(&cubin, "attention", tiling.smem_bytes(&spec))?;
+        Ok(Self { spec, tiling, kernel })
+    }
+
+    /// The items of work of `seqs` (indices into the batch's sequences) under this tiling.
+    pub fn work(&self, seqs: &[SeqInput], chosen: &[usize]) -> Work {
+        Work::new(&self.spec, &self.tiling, seqs, chosen)
+    }
+
+    /// Queues attention of one batch. `q, out: [tokens, heads, head_dim]` bf16; `kv`: one layer's cache.
+    ///
+    /// # Errors
+    /// The driver's.
+    #[allow(clippy::too_many_arguments)]
+    pub fn launch(
+        &self,
+        stream: &Stream,
+        overlap: Overlap,
+        scale_log2: f32,
+        batch: &AttentionBatch,
+        q: &Buffer,
+        kv: &Buffer,
+        out: &Buffer,
+    ) -> Result<()> {
+        let row = self.spec.heads * self.spec.head_dim * 2;
+        assert!(q.len() >= batch.tokens() * row, "q holds {} bytes, {} rows", q.len(), batch.tokens());
+        assert!(out.len() >= batch.tokens() * row, "out holds {} bytes, {} rows", out.len(), batch.tokens());
+        let blocks = kv.len() / block_bytes(&self.spec);
+        assert!(batch.blocks() <= blocks, "block {} of {blocks}", batch.blocks());
+        if batch.items() == 0 {
+            return Ok(());
+        }
+        let splits = if self.tiling.share == Share::Whole { 1 } else { batch.max_splits() };
+        let launch = Launch {
+            grid: [splits as u32, self.spec.kv_heads as u32, batch.items() as u32],
+            threads: self.tiling.threads() as u32,
+            overlap,
+        };
+        let [seqs, items, tables, partials, arrived] = batch.addresses();
+        let args = [
+            Arg::Ptr(q.ptr()),
+            Arg::Ptr(kv.ptr()),
+            Arg::Ptr(out.ptr()),
+            Arg::Ptr(seqs),
+            Arg::Ptr(items),
+            Arg::Ptr(tables),
+            Arg::I32(batch.table_pitch() as i32),
+            Arg::F32(scale_log2),
+            Arg::Ptr(partials),
+            Arg::Ptr(arrived),
+        ];
+        // SAFETY: the arguments are those of the kernel's signature; sizes were checked above and when the batch was made.
+        unsafe { self.kernel.launch(stream, launch, &args) }
+    }
+}
