@@ -1,9 +1,11 @@
 //! Every kernel instance that the plans of the anchor models use: what a check without a GPU compiles.
 
-use bitfast_ops::LinearKind;
+use bitfast_ops::{LinearKind, NormDesc};
 
+use crate::attention::{AttentionSpec, Tiling};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
+use crate::rows::{QkvPrepSpec, RowOp};
 use crate::{CudaError, Result};
 
 /// (name, outputs, products, kind) of the layers of Qwen3-1.7B and Llama-3.1-8B.
@@ -35,7 +37,7 @@ pub struct Report {
     pub bytes: usize,
 }
 
-/// The kernels that [`plan`] picks for [`LAYERS`] over token counts to 8192, each once, and the reference.
+/// The kernels that [`plan`] picks for [`LAYERS`] over token counts to 8192, the linear reference, row kernels and attention; each once.
 pub fn kernels() -> Vec<KernelSource> {
     let mut sources = Vec::new();
     for (_, n, k, kind) in LAYERS {
@@ -44,9 +46,47 @@ pub fn kernels() -> Vec<KernelSource> {
         let tokens = [1, 8, 9, 17, 33, 49, 65, 97, 129, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
         sources.extend(tokens.iter().map(|t| plan(&spec, *t, 132).source(&spec)));
     }
+    sources.extend(row_kernels());
+    sources.extend(attention_kernels());
     let mut seen = std::collections::BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources
+}
+
+/// Heads of Qwen3-1.7B, Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M, and of groups and dimensions beyond them.
+const HEADS: [AttentionSpec; 7] = [
+    AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 },
+    AttentionSpec { heads: 32, kv_heads: 8, head_dim: 128 },
+    AttentionSpec { heads: 32, kv_heads: 8, head_dim: 64 },
+    AttentionSpec { heads: 9, kv_heads: 3, head_dim: 64 },
+    AttentionSpec { heads: 16, kv_heads: 1, head_dim: 128 },
+    AttentionSpec { heads: 16, kv_heads: 1, head_dim: 256 },
+    AttentionSpec { heads: 16, kv_heads: 4, head_dim: 256 },
+];
+
+fn attention_kernels() -> impl Iterator<Item = KernelSource> {
+    HEADS
+        .into_iter()
+        .flat_map(|spec| [Tiling::decode(&spec), Tiling::prefill(&spec)].map(|tiling| tiling.source(&spec)))
+}
+
+fn row_kernels() -> Vec<KernelSource> {
+    let desc = |unit_offset| NormDesc { eps: 1e-6, unit_offset };
+    let mut ops = Vec::new();
+    for d in [576, 2048, 4096, 8192, 100] {
+        ops.push(RowOp::Gather { d });
+        for residual in [false, true] {
+            ops.push(RowOp::RmsNorm { d, desc: desc(d == 100), residual });
+        }
+    }
+    ops.extend([1536, 6144, 14336, 100].map(|inner| RowOp::SiluMul { inner }));
+    ops.extend([128_256, 151_936, 1001].map(|vocab| RowOp::Logits { vocab }));
+    for attention in HEADS {
+        for qk_norm in [None, Some(desc(false)), Some(desc(true))] {
+            ops.push(RowOp::QkvPrep(QkvPrepSpec { attention, rot_dim: attention.head_dim, qk_norm }));
+        }
+    }
+    ops.iter().map(RowOp::source).collect()
 }
 
 /// Compiles `source` and reads the assembler's report.

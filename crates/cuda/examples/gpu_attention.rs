@@ -1,0 +1,182 @@
+//! Speed of paged attention on a GPU: medians of graph replays over caches larger than L2. Bits are the twin tests' matter.
+
+use std::error::Error;
+
+use bitfast_cuda::attention::{
+    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Share, Tiling, block_bytes,
+};
+use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap, Stream};
+use bitfast_cuda::jit::{Jit, KernelSource};
+use bitfast_ops::SeqInput;
+
+const FILL: &str = r#"
+extern "C" __global__ void fill(bf16* p, u64 n, u32 seed, float scale) {
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+        u32 h = (u32)i * 2654435761u ^ (u32)(i >> 32) * 40503u ^ seed;
+        h ^= h >> 16, h *= 0x85ebca6b, h ^= h >> 13, h *= 0xc2b2ae35, h ^= h >> 16;
+        p[i] = (bf16)pack_bf16(((int)(h & 0xffff) - 32768) * scale / 32768.f, 0.f);
+    }
+}
+"#;
+
+/// Qwen3-1.7B.
+const QWEN: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
+/// Llama-3.1-8B.
+const LLAMA: AttentionSpec = AttentionSpec { heads: 32, kv_heads: 8, head_dim: 128 };
+
+fn fill_source() -> KernelSource {
+    KernelSource { name: "fill", parts: &[FILL], defines: vec![], wgmma_n: None }
+}
+
+struct Bench {
+    device: Device,
+    stream: Stream,
+    jit: Jit,
+    kv: Vec<Buffer>,
+    q: Buffer,
+    out: Buffer,
+}
+
+const KV_BYTES: usize = 1100 << 20;
+
+impl Bench {
+    fn new(jit: Jit) -> Result<Self, Box<dyn Error>> {
+        let device = Device::open(0)?;
+        let stream = device.stream()?;
+        let fill = device.kernel(&jit.cubin(&fill_source())?, "fill", 0)?;
+        let filled = |bytes: usize, seed: i32, scale: f32| -> Result<Buffer, Box<dyn Error>> {
+            let buffer = device.alloc(bytes)?;
+            let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
+            let args = [Arg::Ptr(buffer.ptr()), Arg::Ptr(bytes as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
+            // SAFETY: the kernel writes `bytes / 2` bf16 at the buffer's address.
+            unsafe { fill.launch(&stream, launch, &args)? };
+            Ok(buffer)
+        };
+        let kv = vec![filled(KV_BYTES, 1, 1.0)?, filled(KV_BYTES, 2, 1.0)?];
+        let q = filled(16384 * 4096 * 2, 3, 3.0)?;
+        let out = device.alloc(16384 * 4096 * 2)?;
+        stream.synchronize()?;
+        Ok(Self { q, kv, out, device, stream, jit })
+    }
+
+    /// Microseconds of one launch for `seqs` sequences of `context` cached tokens and `rows` new ones.
+    fn time(
+        &self,
+        spec: AttentionSpec,
+        tiling: Tiling,
+        seqs: usize,
+        context: usize,
+        rows: usize,
+    ) -> Result<f64, Box<dyn Error>> {
+        let attention = Attention::new(&self.device, &self.jit, spec, tiling)?;
+        let per_seq = (context + rows).div_ceil(BLOCK_TOKENS);
+        let available = KV_BYTES / block_bytes(&spec);
+        assert!(seqs * per_seq <= available, "{} blocks of {available}", seqs * per_seq);
+        // As many batches as fit, on blocks of their own; blocks are dealt in strides.
+        let batches = (available / (seqs * per_seq)).min(8);
+        let mut calls = Vec::new();
+        for b in 0..batches {
+            let block = |i: usize| ((i + b * seqs * per_seq) * 997 % available) as u32;
+            let inputs: Vec<SeqInput> = (0..seqs)
+                .map(|s| SeqInput {
+                    first_row: (s * rows) as u32,
+                    num_rows: rows as u32,
+                    context_len: context as u32,
+                    block_table: (0..per_seq).map(|i| block(s * per_seq + i)).collect(),
+                    state_slot: 0,
+                })
+                .collect();
+            let work = attention.work(&inputs, &(0..seqs).collect::<Vec<_>>());
+            calls.push(AttentionBatch::new(&self.device, &self.stream, work)?);
+        }
+        let launches = 2 * batches;
+        let scale = (std::f64::consts::LOG2_E / (spec.head_dim as f64).sqrt()) as f32;
+        let graph = self.stream.capture(|| {
+            (0..launches).try_for_each(|i| {
+                let (batch, kv) = (&calls[i % batches], &self.kv[i / batches % 2]);
+                attention.launch(&self.stream, Overlap::WithPrevious, scale, batch, &self.q, kv, &self.out)
+            })
+        })?;
+        let (start, end) = (self.device.event()?, self.device.event()?);
+        let mut times = Vec::new();
+        for round in 0..12 {
+            self.stream.record(&start)?;
+            self.stream.replay(&graph)?;
+            self.stream.record(&end)?;
+            let us = f64::from(start.elapsed_ms(&end)?) * 1e3 / launches as f64;
+            if round > 1 {
+                times.push(us);
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}
+
+fn decodes(spec: &AttentionSpec) -> Vec<Tiling> {
+    let split = |dim_warps, slots, min_ctas| Tiling {
+        row_warps: 1,
+        dim_warps,
+        slots,
+        min_ctas,
+        share: Share::HalfSplit,
+    };
+    vec![Tiling::decode(spec), split(4, 4, 3), split(4, 12, 1), split(2, 4, 3), split(8, 6, 2)]
+}
+
+fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
+    let whole =
+        |row_warps, slots, min_ctas| Tiling { row_warps, dim_warps: 1, slots, min_ctas, share: Share::Whole };
+    vec![Tiling::prefill(spec), whole(4, 4, 1), whole(4, 4, 2), whole(8, 6, 1)]
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // Before the card is opened: without one this fills the kernel cache.
+    let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
+    let mut sources = vec![fill_source()];
+    for spec in [QWEN, LLAMA] {
+        sources.extend(decodes(&spec).iter().chain(&prefills(&spec)).map(|t| t.source(&spec)));
+    }
+    std::thread::scope(|scope| {
+        for source in &sources {
+            let jit = &jit;
+            scope.spawn(move || jit.cubin(source).map(|_| ()));
+        }
+    });
+    let bench = Bench::new(jit)?;
+    println!("{}, NVRTC {:?}", bench.device.name(), bench.jit.version());
+    println!("decode");
+    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
+        for (seqs, context) in
+            [(1, 1024), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (256, 1024), (16, 8192)]
+        {
+            for tiling in decodes(&spec) {
+                let us = bench.time(spec, tiling, seqs, context - 1, 1)?;
+                let bytes = (seqs * context * spec.kv_heads * spec.head_dim * 4) as f64;
+                println!(
+                    "{name} {seqs:>3} x {context:<5} warps {} slots {:>2} ctas {}  {us:8.2} us  {:5.2} TB/s",
+                    tiling.dim_warps,
+                    tiling.slots,
+                    tiling.min_ctas,
+                    bytes / us / 1e6
+                );
+            }
+        }
+    }
+    println!("prefill");
+    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
+        for (seqs, rows) in [(1, 8192), (16, 1024)] {
+            for tiling in prefills(&spec) {
+                let us = bench.time(spec, tiling, seqs, 0, rows)?;
+                let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
+                println!(
+                    "{name} {seqs:>2} x {rows:<4} warps {} ctas {}  {us:8.1} us  {:6.1} TFLOP/s",
+                    tiling.row_warps,
+                    tiling.min_ctas,
+                    flops / us / 1e6
+                );
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! What GPU tests share: opening the card, inputs, transfers.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bitfast_cuda::driver::{Buffer, Device, Stream};
+use bitfast_cuda::jit::{Jit, KernelSource};
+use bitfast_ops::bf16;
+
+pub struct Gpu {
+    pub device: Device,
+    pub stream: Stream,
+    pub jit: Jit,
+}
+
+/// The card, or a word that the test did not run.
+pub fn gpu() -> Option<Gpu> {
+    match Device::open(0) {
+        Ok(device) => {
+            let stream = device.stream().expect("a stream");
+            let jit = Jit::new(None, Some(cache())).expect("NVRTC");
+            Some(Gpu { device, stream, jit })
+        }
+        Err(e) => {
+            eprintln!("SKIPPED: no GPU ({e})");
+            None
+        }
+    }
+}
+
+/// A word that looks random (SplitMix64).
+pub fn word(i: u64, salt: u64) -> u64 {
+    let mut z = (i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ salt.wrapping_mul(0xD1B5_4A32_D192_ED03);
+    z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ z >> 31
+}
+
+/// Uniform in [-scale, scale), rounded to bf16.
+pub fn uniform(n: usize, salt: u64, scale: f32) -> Vec<bf16> {
+    let value = |i| ((word(i, salt) >> 40) as f32 / 8_388_608.0 - 1.0) * scale;
+    (0..n as u64).map(|i| bf16::from_f32(value(i))).collect()
+}
+
+/// Both signs, exponents from 2^`low` over `span` binary orders of magnitude.
+pub fn wide(n: usize, salt: u64, low: i32, span: u64) -> Vec<bf16> {
+    (0..n as u64)
+        .map(|i| {
+            let w = word(i, salt);
+            let exponent = (127 + low) as u64 + (w >> 16) % span;
+            bf16::from_bits((w & 0x807F | exponent << 7) as u16)
+        })
+        .collect()
+}
+
+pub fn bytes(values: &[bf16]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect()
+}
+
+pub fn words(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+pub fn floats(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Runs `task(0..count)` on every core.
+pub fn parallel(count: usize, task: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(4, |n| n.get()) {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= count {
+                        break;
+                    }
+                    task(i);
+                }
+            });
+        }
+    });
+}
+
+impl Gpu {
+    pub fn upload(&self, data: &[u8]) -> Buffer {
+        let buffer = self.device.alloc(data.len()).expect("memory");
+        buffer.write(&self.stream, 0, data).expect("upload");
+        buffer
+    }
+
+    /// `bytes` bytes of 0xFF: NaN as bf16 and as fp32.
+    pub fn poisoned(&self, bytes: usize) -> Buffer {
+        let buffer = self.device.alloc(bytes).expect("memory");
+        buffer.fill(&self.stream, 0xFF).expect("poison");
+        buffer
+    }
+
+    pub fn read(&self, buffer: &Buffer) -> Vec<u8> {
+        let mut out = vec![0; buffer.len()];
+        buffer.read(&self.stream, 0, &mut out).expect("a kernel that ran");
+        out
+    }
+
+    /// Compiles in parallel into the cache.
+    pub fn prepare(&self, sources: &[KernelSource]) {
+        let jit = &self.jit;
+        parallel(sources.len(), |i| {
+            jit.cubin(&sources[i]).expect("a kernel");
+        });
+    }
+
+    /// What is wrong with `got`, if anything: it must start with `expected`, bit for bit, and be untouched poison behind it.
+    pub fn difference(&self, got: &Buffer, expected: &[u8]) -> Option<String> {
+        let got = self.read(got);
+        let (got, rest) = got.split_at(expected.len());
+        if let Some(first) = got.iter().zip(expected).position(|(a, b)| a != b) {
+            let differing = got.iter().zip(expected).filter(|(a, b)| a != b).count();
+            return Some(format!("{differing} of {} bytes differ, the first is {first}", expected.len()));
+        }
+        (!rest.iter().all(|b| *b == 0xFF)).then(|| "wrote past its rows".to_owned())
+    }
+
+    /// Asserts that `got` starts with `expected`, bit for bit, and is untouched poison behind it.
+    pub fn assert_equal(&self, what: &str, got: &Buffer, expected: &[u8]) {
+        if let Some(difference) = self.difference(got, expected) {
+            panic!("{what}: {difference}");
+        }
+    }
+}
+
+/// Compiles `sources` where there is an NVRTC, GPU or not, into the cache that the other tests use.
+pub fn compile(sources: &[KernelSource]) {
+    match Jit::new(None, Some(cache())) {
+        Ok(jit) => {
+            parallel(sources.len(), |i| {
+                jit.cubin(&sources[i]).expect("a kernel");
+            });
+            println!("{} kernels compile", sources.len());
+        }
+        Err(e) => eprintln!("SKIPPED: no NVRTC ({e})"),
+    }
+}
+
+fn cache() -> PathBuf {
+    std::env::temp_dir().join("bitfast-twin")
+}

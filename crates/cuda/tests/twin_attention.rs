@@ -1,0 +1,371 @@
+//! Paged attention computes the bits of the CPU reference, under every tiling, for decode, prefill and mixed batches. Needs an H100 or
+//! H200 and NVRTC; elsewhere the tests say that they were skipped.
+
+use std::sync::Mutex;
+
+use bitfast_cuda::attention::{
+    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Cached, Share, Tiling, block_bytes,
+    element_offset,
+};
+use bitfast_cuda::driver::{Buffer, Overlap};
+use bitfast_cuda::jit::KernelSource;
+use bitfast_cuda::rows::{QkvPrep, QkvPrepArgs, QkvPrepSpec};
+use bitfast_ops::{AttnDesc, Class, SeqInput, bf16, reference};
+
+mod gpu;
+use gpu::{Gpu, bytes, compile, floats, gpu, parallel, uniform, wide, word, words};
+
+/// One batch with all its inputs on the host.
+struct Batch {
+    spec: AttentionSpec,
+    scale_log2: f32,
+    seqs: Vec<SeqInput>,
+    /// Per sequence: `[rows, heads, head_dim]`, `[tokens, kv_heads, head_dim]` twice.
+    inputs: Vec<[Vec<bf16>; 3]>,
+    blocks: usize,
+}
+
+impl Batch {
+    /// `shapes`: (tokens in the cache, rows) of each sequence. Blocks are dealt in a shuffled order, with others between them that belong to
+    /// nobody.
+    fn new(spec: AttentionSpec, shapes: &[(usize, usize)], seed: u64) -> Self {
+        let AttentionSpec { heads, kv_heads, head_dim } = spec;
+        let needed: usize = shapes.iter().map(|(c, r)| (c + r).div_ceil(BLOCK_TOKENS)).sum();
+        let blocks = needed + needed / 3 + 2;
+        let mut free: Vec<u32> = (0..blocks as u32).collect();
+        free.sort_by_key(|b| word(u64::from(*b), seed));
+        let (mut seqs, mut inputs, mut first_row) = (Vec::new(), Vec::new(), 0);
+        for (i, &(context, rows)) in shapes.iter().enumerate() {
+            let (tokens, salt) = (context + rows, seed * 1000 + i as u64 * 3);
+            let block_table = free.split_off(free.len() - tokens.div_ceil(BLOCK_TOKENS));
+            seqs.push(SeqInput {
+                first_row,
+                num_rows: rows as u32,
+                context_len: context as u32,
+                block_table,
+                state_slot: 0,
+            });
+            first_row += rows as u32;
+            let (q, kv) = (rows * heads * head_dim, tokens * kv_heads * head_dim);
+            inputs.push(if i % 2 == 0 {
+                // Scores of a few units: many keys have weight.
+                [uniform(q, salt, 4.0), uniform(kv, salt + 1, 1.5), uniform(kv, salt + 2, 2.0)]
+            } else {
+                [wide(q, salt, -9, 12), wide(kv, salt + 1, -12, 14), wide(kv, salt + 2, -20, 24)]
+            });
+        }
+        let scale_log2 = (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32;
+        Self { spec, scale_log2, seqs, inputs, blocks }
+    }
+
+    fn rows(&self) -> usize {
+        self.seqs.iter().map(|s| s.num_rows as usize).sum()
+    }
+
+    /// The cache: NaN but for the sequences' tokens.
+    fn cache(&self) -> Vec<u8> {
+        let AttentionSpec { kv_heads, head_dim, .. } = self.spec;
+        let mut cache = vec![0xFF; self.blocks * block_bytes(&self.spec)];
+        for (seq, [_, k, v]) in self.seqs.iter().zip(&self.inputs) {
+            for token in 0..(seq.context_len + seq.num_rows) as usize {
+                let slot =
+                    seq.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS + token % BLOCK_TOKENS;
+                for (which, data) in [(Cached::Key, k), (Cached::Value, v)] {
+                    for head in 0..kv_heads {
+                        for dim in 0..head_dim {
+                            let at = element_offset(&self.spec, slot, head, which, dim);
+                            let value = data[(token * kv_heads + head) * head_dim + dim];
+                            cache[at..at + 2].copy_from_slice(&value.to_bits().to_le_bytes());
+                        }
+                    }
+                }
+            }
+        }
+        cache
+    }
+
+    /// `[rows, heads, head_dim]` by the CPU reference, a task for each row of a key/value head.
+    fn reference(&self, class: Class) -> Vec<bf16> {
+        let AttentionSpec { heads, kv_heads, head_dim } = self.spec;
+        let group = self.spec.group();
+        let mut tasks = Vec::new();
+        for (s, seq) in self.seqs.iter().enumerate() {
+            for head in 0..kv_heads {
+                tasks.extend((0..seq.num_rows as usize).map(|row| (s, head, row)));
+            }
+        }
+        let desc = AttnDesc { layer: 0, heads: group, kv_heads: 1, head_dim, scale_log2: self.scale_log2 };
+        let out = Mutex::new(vec![bf16::ZERO; self.rows() * heads * head_dim]);
+        parallel(tasks.len(), |i| {
+            let (s, head, row) = tasks[i];
+            let (seq, [q, k, v]) = (&self.seqs[s], &self.inputs[s]);
+            let position = seq.context_len as usize + row;
+            let of_head = |x: &[bf16]| -> Vec<bf16> {
+                (0..=position)
+                    .flat_map(|t| &x[(t * kv_heads + head) * head_dim..][..head_dim])
+                    .copied()
+                    .collect()
+            };
+            let q = &q[(row * heads + head * group) * head_dim..][..group * head_dim];
+            let result = reference::attention(class, desc, position, q, &of_head(k), &of_head(v));
+            let at = ((seq.first_row as usize + row) * heads + head * group) * head_dim;
+            out.lock().expect("results")[at..at + result.len()].copy_from_slice(&result);
+        });
+        out.into_inner().expect("results")
+    }
+}
+
+/// The two plans, and others: few and many rows a block, one warp and eight, the smallest ring.
+fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
+    let with =
+        |row_warps, dim_warps, slots, share| Tiling { row_warps, dim_warps, slots, min_ctas: 1, share };
+    vec![
+        Tiling::decode(spec),
+        Tiling::prefill(spec),
+        with(1, 4, 2, Share::Split),
+        with(2, 2, 3, Share::Split),
+        with(1, 4, 3, Share::HalfSplit),
+        with(3, 2, 2, Share::Whole),
+    ]
+}
+
+struct OnGpu {
+    q: Buffer,
+    kv: Buffer,
+}
+
+fn upload(gpu: &Gpu, batch: &Batch) -> OnGpu {
+    let q: Vec<bf16> = batch.inputs.iter().flat_map(|[q, ..]| q).copied().collect();
+    OnGpu { q: gpu.upload(&bytes(&q)), kv: gpu.upload(&batch.cache()) }
+}
+
+/// Runs the sequences of `parts` under one tiling each, twice, and compares with `expected`.
+fn check(
+    gpu: &Gpu,
+    batch: &Batch,
+    data: &OnGpu,
+    parts: &[(Tiling, Vec<usize>)],
+    expected: &[u8],
+) -> Option<String> {
+    let out = gpu.poisoned(expected.len() + 4096);
+    let calls: Vec<_> = parts
+        .iter()
+        .map(|(tiling, chosen)| {
+            let attention = Attention::new(&gpu.device, &gpu.jit, batch.spec, *tiling).expect("a kernel");
+            let work = attention.work(&batch.seqs, chosen);
+            (attention, AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory"))
+        })
+        .collect();
+    for run in 0..2 {
+        out.fill(&gpu.stream, 0xFF).expect("poison");
+        for (attention, on_device) in &calls {
+            attention
+                .launch(&gpu.stream, Overlap::None, batch.scale_log2, on_device, &data.q, &data.kv, &out)
+                .expect("launch");
+        }
+        if let Some(difference) = gpu.difference(&out, expected) {
+            return Some(format!("{:?} by {parts:?}, run {run}: {difference}", batch.spec));
+        }
+    }
+    None
+}
+
+fn specs() -> Vec<AttentionSpec> {
+    let mut specs = Vec::new();
+    for head_dim in [64, 128, 256] {
+        for (group, kv_heads) in [(1, 2), (2, 2), (3, 3), (4, 2), (8, 1), (16, 1)] {
+            specs.push(AttentionSpec { heads: group * kv_heads, kv_heads, head_dim });
+        }
+    }
+    specs
+}
+
+/// Contexts and rows of the batches: decode, prefill from nothing, chunks behind a cache, and all of them together.
+fn batches() -> Vec<Vec<(usize, usize)>> {
+    let decode: Vec<_> = [1, 63, 64, 65, 511, 512, 513, 1000].map(|keys| (keys - 1, 1)).to_vec();
+    let prefill: Vec<_> = [1, 7, 16, 17, 33, 64, 129].map(|rows| (0, rows)).to_vec();
+    let chunks = vec![(63, 2), (448, 129), (1000, 33), (510, 3), (64, 64), (1, 17)];
+    let mixed = vec![(700, 1), (0, 70), (511, 1), (500, 40), (512, 1), (5, 7), (1535, 3)];
+    vec![decode, prefill, chunks, mixed]
+}
+
+fn sources() -> Vec<KernelSource> {
+    specs().iter().flat_map(|s| tilings(s).into_iter().map(|t| t.source(s))).collect()
+}
+
+#[test]
+fn every_kernel_compiles() {
+    compile(&sources());
+}
+
+#[test]
+fn every_tiling_equals_the_reference() {
+    let Some(gpu) = gpu() else { return };
+    let (specs, sources) = (specs(), sources());
+    gpu.prepare(&sources);
+    let (mut compared, mut failures) = (0, Vec::new());
+    for (s, spec) in specs.iter().enumerate() {
+        for (b, shapes) in batches().iter().enumerate() {
+            let batch = Batch::new(*spec, shapes, (s * 10 + b) as u64 + 1);
+            let expected = bytes(&batch.reference(Class::Hopper));
+            let data = upload(&gpu, &batch);
+            let all: Vec<usize> = (0..shapes.len()).collect();
+            for tiling in tilings(spec) {
+                failures.extend(check(&gpu, &batch, &data, &[(tiling, all.clone())], &expected));
+                compared += 1;
+            }
+            // As an engine would: decode rows and chunks apart.
+            let (one, many): (Vec<usize>, Vec<usize>) =
+                all.into_iter().partition(|i| batch.seqs[*i].num_rows == 1);
+            let parts = [(Tiling::decode(spec), one), (Tiling::prefill(spec), many)];
+            failures.extend(check(&gpu, &batch, &data, &parts, &expected));
+            compared += 1;
+        }
+    }
+    let first: Vec<_> = failures.iter().take(40).collect();
+    assert!(failures.is_empty(), "{} of {compared} differ: {first:#?}", failures.len());
+    println!("attention: {compared} runs equal the reference, {} kernels", sources.len());
+}
+
+/// A step as an engine queues it: qkv_prep, then attention that starts before it has ended and reads what it stores. Two steps take turns on
+/// the same slots, so that reading too early shows.
+#[test]
+fn attention_behind_qkv_prep_equals_the_reference() {
+    let Some(gpu) = gpu() else { return };
+    let spec = AttentionSpec { heads: 8, kv_heads: 4, head_dim: 128 };
+    let shapes = [(63, 1), (64, 1), (1000, 1), (511, 1), (512, 1), (100, 30), (0, 5)];
+    let first = Batch::new(spec, &shapes, 5);
+    let mut second = Batch::new(spec, &shapes, 5);
+    for (i, ([q, k, v], (context, rows))) in second.inputs.iter_mut().zip(shapes).enumerate() {
+        let (at, salt) = (context * 512, 9000 + 3 * i as u64);
+        *q = uniform(rows * 1024, salt, 4.0);
+        k[at..].copy_from_slice(&uniform(rows * 512, salt + 1, 1.5));
+        v[at..].copy_from_slice(&uniform(rows * 512, salt + 2, 2.0));
+    }
+    let rows = first.rows();
+    let mut slots = Vec::new();
+    for seq in &first.seqs {
+        let of = |t: u32| seq.block_table[t as usize / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + t % 64;
+        slots.extend((seq.context_len..seq.context_len + seq.num_rows).map(of));
+    }
+    let prep_spec = QkvPrepSpec { attention: spec, rot_dim: 128, qk_norm: None };
+    let prep = QkvPrep::new(&gpu.device, &gpu.jit, prep_spec).expect("a kernel");
+    let kv = gpu.upload(&first.cache());
+    let (q, slots) = (gpu.poisoned(rows * 2048), gpu.upload(&words(&slots)));
+    // A rotation by nothing.
+    let (cos, sin) = (gpu.upload(&floats(&[1.0; 64])), gpu.upload(&floats(&[0.0; 64])));
+    let positions = gpu.upload(&words(&vec![0; rows]));
+    let steps = [&first, &second].map(|batch| {
+        let mut qkv = Vec::new();
+        for ([q, k, v], (context, rows)) in batch.inputs.iter().zip(shapes) {
+            for r in 0..rows {
+                let token = (context + r) * 512..(context + r + 1) * 512;
+                qkv.extend([&q[r * 1024..][..1024], &k[token.clone()], &v[token]].concat());
+            }
+        }
+        (gpu.upload(&bytes(&qkv)), bytes(&batch.reference(Class::Hopper)), gpu.poisoned(rows * 2048))
+    });
+    for tiling in [Tiling::decode(&spec), Tiling::prefill(&spec)] {
+        let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
+        let work = attention.work(&first.seqs, &(0..shapes.len()).collect::<Vec<_>>());
+        let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+        for run in 0..50 {
+            for (qkv, _, out) in &steps {
+                let (norms, q_out, positions, slots) = (None, &q, &positions, &slots);
+                let args = QkvPrepArgs { qkv, norms, cos: &cos, sin: &sin, positions, slots, kv: &kv, q_out };
+                // SAFETY: all positions are row 0 of the tables; the slots are the batch's.
+                unsafe { prep.launch(&gpu.stream, Overlap::WithPrevious, rows, args) }.expect("launch");
+                attention
+                    .launch(&gpu.stream, Overlap::WithPrevious, first.scale_log2, &on_device, &q, &kv, out)
+                    .expect("launch");
+            }
+            for (i, (_, expected, out)) in steps.iter().enumerate() {
+                gpu.assert_equal(&format!("step {i}, run {run}, {tiling:?}"), out, expected);
+            }
+        }
+    }
+}
+
+/// A moving error is a race: many launches of each kernel give the same bits.
+#[test]
+fn repeated_launches_are_equal() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    for (spec, shapes) in [(16, 1, 128), (16, 1, 64), (2, 2, 128), (4, 4, 256)]
+        .map(|(heads, kv_heads, head_dim)| AttentionSpec { heads, kv_heads, head_dim })
+        .into_iter()
+        .zip([3, 3, 2, 3])
+    {
+        let batch = Batch::new(spec, &batches()[shapes], 3);
+        let data = upload(&gpu, &batch);
+        let expected = bytes(&batch.reference(Class::Hopper));
+        for tiling in tilings(&spec) {
+            let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
+            let work = attention.work(&batch.seqs, &(0..batch.seqs.len()).collect::<Vec<_>>());
+            let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+            let out = gpu.poisoned(expected.len());
+            for run in 0..LAUNCHES {
+                attention
+                    .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
+                    .expect("launch");
+                let got = gpu.read(&out);
+                if got != expected {
+                    failures
+                        .push(format!("{spec:?} {tiling:?} run {run}: {}", places(&spec, &got, &expected)));
+                }
+            }
+        }
+    }
+    let first: Vec<_> = failures.iter().take(12).collect();
+    assert!(failures.is_empty(), "{} launches differ: {first:#?}", failures.len());
+}
+
+const LAUNCHES: usize = 400;
+
+/// Where two outputs differ: (row, head): first and last element, how many, the first pair of values.
+fn places(spec: &AttentionSpec, got: &[u8], expected: &[u8]) -> String {
+    let head = spec.head_dim * 2;
+    let mut text = String::new();
+    for (i, (got, expected)) in got.chunks(head).zip(expected.chunks(head)).enumerate() {
+        let differ: Vec<usize> =
+            (0..spec.head_dim).filter(|d| got[2 * d..2 * d + 2] != expected[2 * d..2 * d + 2]).collect();
+        if let (Some(first), Some(last)) = (differ.first(), differ.last()) {
+            let value = |x: &[u8]| bf16::from_le_bytes([x[2 * first], x[2 * first + 1]]);
+            text += &format!(
+                "({}, {}): {first}..={last} {} of them, {} for {}; ",
+                i / spec.heads,
+                i % spec.heads,
+                differ.len(),
+                value(got),
+                value(expected)
+            );
+        }
+    }
+    text
+}
+
+/// The comparison can fail: another class's order and one flipped bit give other bits.
+#[test]
+fn another_order_and_another_bit_differ() {
+    let Some(gpu) = gpu() else { return };
+    let spec = AttentionSpec { heads: 4, kv_heads: 2, head_dim: 128 };
+    let mut batch = Batch::new(spec, &[(700, 1), (600, 9)], 77);
+    let tiling = Tiling::decode(&spec);
+    let run = |batch: &Batch| {
+        let data = upload(&gpu, batch);
+        let out = gpu.poisoned(batch.rows() * spec.heads * spec.head_dim * 2);
+        let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
+        let work = attention.work(&batch.seqs, &[0, 1]);
+        let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+        attention
+            .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
+            .expect("launch");
+        gpu.read(&out)
+    };
+    let got = run(&batch);
+    assert!(got == bytes(&batch.reference(Class::Hopper)), "differs from its own reference");
+    assert!(got != bytes(&batch.reference(Class::Portable)), "cannot tell the classes apart");
+    let key = &mut batch.inputs[0][1][650 * 256 + 17];
+    *key = bf16::from_bits(key.to_bits() ^ 1 << 7);
+    assert!(run(&batch) != got, "does not see a changed key");
+}
