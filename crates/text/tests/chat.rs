@@ -170,6 +170,14 @@ fn hostile_templates_end() {
     assert!(ChatTemplate::new(&brackets, TemplateTokens::default()).is_err());
 }
 
+/// Found by the property test below.
+#[test]
+fn a_tag_that_is_all_border_is_an_error() {
+    for source in [" generation {%}}", "{%}", "generation{%}%}", "{%%}generation"] {
+        assert!(ChatTemplate::new(source, TemplateTokens::default()).is_err(), "{source}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
     #[test]

@@ -146,9 +146,9 @@ fn without_generation_tags(source: &str) -> Cow<'_, str> {
     let mut rest = source;
     let mut result = String::with_capacity(source.len());
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let end = start + len + 2;
-        let inner = &rest[start + 2..end - 2];
+        // From behind the opening: in "{%}" one character cannot be both.
+        let Some(len) = rest[start + 2..].find("%}") else { break };
+        let inner = &rest[start + 2..][..len];
         let name = inner.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         let replacement = match name {
             "generation" => "if true",
@@ -162,7 +162,7 @@ fn without_generation_tags(source: &str) -> Cow<'_, str> {
             result.push_str(&inner.replace(name, replacement));
         }
         result.push_str("%}");
-        rest = &rest[end..];
+        rest = &rest[start + 2 + len + 2..];
     }
     result.push_str(rest);
     Cow::Owned(result)
