@@ -173,6 +173,7 @@ impl Attention {
         kv: &Buffer,
         out: &Buffer,
     ) -> Result<()> {
+        assert_eq!(batch.plan(), (self.spec, self.tiling), "items of another plan");
         let row = self.spec.heads * self.spec.head_dim * 2;
         assert!(q.len() >= batch.tokens() * row, "q holds {} bytes, {} rows", q.len(), batch.tokens());
         assert!(out.len() >= batch.tokens() * row, "out holds {} bytes, {} rows", out.len(), batch.tokens());

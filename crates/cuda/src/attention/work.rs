@@ -8,6 +8,8 @@ use crate::driver::{Buffer, Device, Stream};
 /// The items of work of some sequences of a batch: what each block row of a launch does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Work {
+    spec: AttentionSpec,
+    tiling: Tiling,
     /// Per sequence of the batch: first row, rows, tokens in the cache before them, 0.
     seqs: Vec<[u32; 4]>,
     /// Sequence, first (token, head) row, first split of its partial results, 0.
@@ -19,8 +21,6 @@ pub struct Work {
     max_splits: usize,
     /// Splits of all items.
     partials: usize,
-    partial_bytes: usize,
-    kv_heads: usize,
 }
 
 impl Work {
@@ -55,6 +55,8 @@ impl Work {
             partials = 0;
         }
         Self {
+            spec: *spec,
+            tiling: *tiling,
             seqs: seqs.iter().map(|s| [s.first_row, s.num_rows, s.context_len, 0]).collect(),
             items,
             tables,
@@ -63,8 +65,6 @@ impl Work {
             blocks: seqs.iter().flat_map(|s| &s.block_table).max().map_or(0, |b| *b as usize + 1),
             max_splits,
             partials,
-            partial_bytes: tiling.partial_bytes(spec),
-            kv_heads: spec.kv_heads,
         }
     }
 }
@@ -92,13 +92,13 @@ impl AttentionBatch {
             buffer.write(stream, 0, &bytes)?;
             Ok(buffer)
         };
-        let arrived = device.alloc(work.items.len() * work.kv_heads * 4)?;
+        let arrived = device.alloc(work.items.len() * work.spec.kv_heads * 4)?;
         arrived.fill(stream, 0)?;
         Ok(Self {
             seqs: upload(work.seqs.concat())?,
             items: upload(work.items.concat())?,
             tables: upload(work.tables.clone())?,
-            partials: device.alloc(work.partials * work.partial_bytes)?,
+            partials: device.alloc(work.partials * work.tiling.partial_bytes(&work.spec))?,
             arrived,
             work,
         })
@@ -112,6 +112,11 @@ impl AttentionBatch {
     /// Items of work.
     pub fn items(&self) -> usize {
         self.work.items.len()
+    }
+
+    /// Whose items these are.
+    pub(super) fn plan(&self) -> (AttentionSpec, Tiling) {
+        (self.work.spec, self.work.tiling)
     }
 
     pub(super) fn blocks(&self) -> usize {
