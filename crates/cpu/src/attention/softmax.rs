@@ -73,8 +73,7 @@ per_isa! {
         for (i, row) in state.iter_mut().enumerate() {
             let exact_p = scores(i);
             row.sums = add_keys(row.sums, exact_p);
-            let mut rounded = [bf16::ZERO; ATTN_TILE_KEYS];
-            exact::narrow(exact_p, &mut rounded);
+            let rounded = exact_p.map(probability_to_bf16);
             let p = p.wrapping_add(i * p_stride);
             match form {
                 // SAFETY: row `i` of P; `p_stride` bytes hold 64 numbers of either form.
@@ -152,6 +151,13 @@ fn add_keys(mut sums: [f32; 4], p: &[f32; ATTN_TILE_KEYS]) -> [f32; 4] {
         sums = std::array::from_fn(|i| sums[i] + eight[2 * i + 1]);
     }
     sums
+}
+
+/// bf16(p) of +0 or a normal number above it: a probability is never NaN, since `larger` takes -125 for NaN.
+#[inline(always)]
+fn probability_to_bf16(p: f32) -> bf16 {
+    let bits = p.to_bits();
+    bf16::from_bits(((bits.wrapping_add(0x7FFF + (bits >> 16 & 1))) >> 16) as u16)
 }
 
 #[inline(always)]

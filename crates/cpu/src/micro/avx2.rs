@@ -2,37 +2,54 @@
 
 use std::arch::asm;
 
-use super::{B_TILE, MXCSR_FLUSH, Tile};
+use super::{B_TILE, CHUNK, MXCSR_FLUSH, Tile};
 
 /// Splits the block into kernels; how does not matter for the bits.
 ///
 /// # Safety
 /// As for [`super::product`].
 pub(super) unsafe fn product(t: Tile) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        t.prepare_c();
+        if t.rows > FEW_ROWS {
+            return rows_by_rows(t);
+        }
+        // Few rows wait for B: they take it once, in the order of its addresses.
+        for chunk in 0..t.chunks {
+            let (a, b) = (t.a.add(chunk * CHUNK * 4), t.b.wrapping_add(chunk.wrapping_mul(t.b_chunk)));
+            for tile in 0..t.tiles {
+                rows_by_rows(Tile { chunks: 1, a, b, ..t }.part(0, t.rows, tile, 1));
+            }
+        }
+    }
+}
+
+/// The rows in groups that a kernel takes, each through all of B.
+///
+/// # Safety
+/// As for [`super::product`]; C is prepared.
+unsafe fn rows_by_rows(t: Tile) {
     let mut row = 0;
     while row < t.rows {
         let left = t.rows - row;
         let rows = left.div_ceil(left.div_ceil(MAX_ROWS));
-        let mut tile = 0;
-        while tile < t.tiles {
-            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, t.tiles - tile) {
-                (1, 2..) => (2, k1x2),
-                (1, _) => (1, k1x1),
-                (2, _) => (1, k2x1),
-                (3, _) => (1, k3x1),
-                _ => unreachable!("a block of {rows} rows"),
-            };
+        let kernel: unsafe fn(&Tile) = match rows {
+            1 => k1x1,
+            2 => k2x1,
+            3 => k3x1,
+            _ => unreachable!("a block of {rows} rows"),
+        };
+        for tile in 0..t.tiles {
             // SAFETY: a sub-block of the block that the caller vouches for.
-            unsafe {
-                let part = t.part(row, rows, tile, tiles);
-                part.prepare_c();
-                kernel(&part);
-            }
-            tile += tiles;
+            unsafe { kernel(&t.part(row, rows, tile, 1)) };
         }
         row += rows;
     }
 }
+
+/// Up to this many rows B comes from memory more slowly than it is used.
+const FEW_ROWS: usize = 12;
 
 /// Most rows of a kernel: 3 rows x 2 halves x 2 chains are 12 of the 16 registers.
 const MAX_ROWS: usize = 3;
@@ -87,23 +104,13 @@ macro_rules! kernel {
             }
         }
     };
-    // One row: B is streamed from memory, a line a tile and pair.
+    // One row: B is streamed from memory, a line a pair.
     (@stream [0, 32]) => { "prefetcht0 byte ptr [{b} + {ahead}]" };
-    (@stream [0, 32, 1024, 1056]) => {
-        "prefetcht0 byte ptr [{b} + {ahead}]\nprefetcht0 byte ptr [{b} + {ahead} + 1024]"
-    };
     (@reuse $b:tt) => { "" };
     (@columns [$b0:tt, $b1:tt] $( { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt } )+) => {
         concat!(
             kernel!(@widen $b0), $( kernel!(@fma $a $e0 $o0), )+
             kernel!(@widen $b1), $( kernel!(@fma $a $e1 $o1), )+
-        )
-    };
-    (@columns [$b0:tt, $b1:tt, $b2:tt, $b3:tt]
-        { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt, $e2:tt $o2:tt, $e3:tt $o3:tt }) => {
-        concat!(
-            kernel!(@widen $b0), kernel!(@fma $a $e0 $o0), kernel!(@widen $b1), kernel!(@fma $a $e1 $o1),
-            kernel!(@widen $b2), kernel!(@fma $a $e2 $o2), kernel!(@widen $b3), kernel!(@fma $a $e3 $o3),
         )
     };
     (@widen $b:tt) => {
@@ -131,7 +138,6 @@ macro_rules! kernel {
     };
 }
 
-kernel!(k1x2: stream columns [0, 32, 1024, 1056] [0, 32, 64, 96], rows {["{a}"] 0 1, 2 3, 4 5, 6 7});
 kernel!(k1x1: stream columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3});
 kernel!(k2x1: reuse columns [0, 32] [0, 32], rows {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7});
 kernel!(k3x1: reuse columns [0, 32] [0, 32], rows
