@@ -1,35 +1,17 @@
 //! Every linear variant computes the bits of the reference, for every number of tokens. Needs an H100 or H200 and
-//! NVRTC; elsewhere the tests say that they were skipped.
+//! NVRTC: `--include-ignored` runs the tests there.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use bitfast_cuda::driver::{Buffer, Device, Overlap, Stream};
-use bitfast_cuda::jit::Jit;
+use bitfast_cuda::driver::{Buffer, Overlap};
+use bitfast_cuda::jit::KernelSource;
 use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide, plan};
 use bitfast_ops::contract::{Join, KOrder};
 use bitfast_ops::{Class, LinearKind, bf16, reference};
 
+mod gpu;
+
+use gpu::{Gpu, bytes, gpu};
+
 const TOKENS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
-
-struct Gpu {
-    device: Device,
-    stream: Stream,
-    jit: Jit,
-}
-
-fn gpu() -> Option<Gpu> {
-    match Device::open(0) {
-        Ok(device) => {
-            let stream = device.stream().expect("a stream");
-            let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-twin"))).expect("NVRTC");
-            Some(Gpu { device, stream, jit })
-        }
-        Err(e) => {
-            eprintln!("SKIPPED: no GPU ({e})");
-            None
-        }
-    }
-}
 
 /// bf16 values over some 18 binary orders of magnitude, both signs, from a counter.
 fn values(n: usize, seed: u64) -> Vec<bf16> {
@@ -63,17 +45,7 @@ fn weights(n: usize, k: usize, seed: u64) -> Vec<bf16> {
     w
 }
 
-fn bytes(values: &[bf16]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect()
-}
-
 impl Gpu {
-    fn upload(&self, data: &[u8]) -> Buffer {
-        let buffer = self.device.alloc(data.len()).expect("memory");
-        buffer.write(&self.stream, 0, data).expect("upload");
-        buffer
-    }
-
     /// `rows` rows of `x`, then NaN rows.
     fn upload_rows(&self, x: &[bf16], rows: usize, k: usize) -> Buffer {
         let mut padded = x[..rows * k].to_vec();
@@ -94,20 +66,6 @@ impl Gpu {
         let rest = out.split_off(rows * spec.n * width);
         assert!(rest.iter().all(|b| *b == 0xff), "{variant:?} wrote past {rows} rows of {spec:?}");
         out
-    }
-
-    /// Compiles in parallel into the cache.
-    fn prepare(&self, kernels: &[(LinearSpec, Variant)]) {
-        let (next, jit) = (AtomicUsize::new(0), &self.jit);
-        std::thread::scope(|scope| {
-            for _ in 0..std::thread::available_parallelism().map_or(4, |n| n.get()) {
-                scope.spawn(|| {
-                    while let Some((spec, variant)) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        jit.cubin(&variant.source(spec)).expect("a kernel");
-                    }
-                });
-            }
-        });
     }
 }
 
@@ -176,7 +134,8 @@ fn compare(gpu: &Gpu, specs: &[LinearSpec], tokens: &[usize]) {
     let mut kernels: Vec<_> = specs.iter().flat_map(|spec| all(*spec).map(move |v| (*spec, v))).collect();
     kernels.sort_by_key(|k| format!("{k:?}"));
     kernels.dedup();
-    gpu.prepare(&kernels);
+    let sources: Vec<KernelSource> = kernels.iter().map(|(spec, variant)| variant.source(spec)).collect();
+    gpu.prepare(&sources);
     let mut compared = 0;
     for &spec in specs {
         let x = activations(*tokens.last().expect("token counts"), spec.k, 1);
@@ -196,15 +155,17 @@ fn compare(gpu: &Gpu, specs: &[LinearSpec], tokens: &[usize]) {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn every_variant_equals_the_reference_kernel() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     compare(&gpu, &specs(), &TOKENS);
 }
 
 /// Small enough to run under compute-sanitizer.
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn small_layers() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     compare(
         &gpu,
         &[LinearSpec::new(LinearKind::Row, 136, 1024), LinearSpec::new(LinearKind::Vocab, 72, 200)],
@@ -213,8 +174,9 @@ fn small_layers() {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn the_reference_kernel_equals_the_cpu_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for spec in specs() {
         let spec = LinearSpec { n: spec.n.min(320), ..spec };
         let rows = 9;
@@ -236,8 +198,9 @@ fn the_reference_kernel_equals_the_cpu_reference() {
 
 /// The comparison can fail: another order gives other bits.
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn another_order_differs() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     let with =
         |leaves, join| LinearSpec { n: 256, k: 2048, order: KOrder { leaves, join }, output: Output::Bf16 };
     let x = gpu.upload_rows(&activations(8, 2048, 1), 8, 2048);

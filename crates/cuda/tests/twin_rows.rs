@@ -1,5 +1,5 @@
-//! Row kernels compute the bits of ops::exact and ops::reference. Needs an H100 or H200 and NVRTC; elsewhere the tests say
-//! that they were skipped.
+//! Row kernels compute the bits of ops::exact and ops::reference. Needs an H100 or H200 and NVRTC:
+//! `--include-ignored` runs the tests there.
 
 use bitfast_cuda::attention::{AttentionSpec, BLOCK_TOKENS, Cached, block_bytes, element_offset};
 use bitfast_cuda::driver::Overlap;
@@ -36,6 +36,7 @@ fn qkv_specs() -> Vec<QkvPrepSpec> {
 }
 
 #[test]
+#[ignore = "needs NVRTC"]
 fn every_kernel_compiles() {
     let mut ops: Vec<RowOp> = [100, 576, 2048].map(|d| RowOp::Gather { d }).to_vec();
     for d in NORM_D {
@@ -50,8 +51,9 @@ fn every_kernel_compiles() {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn gather_equals_the_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for d in [100, 576, 2048] {
         let kernel = Gather::new(&gpu.device, &gpu.jit, d).expect("a kernel");
         let table = wide(301 * d, 1, -100, 200);
@@ -77,8 +79,9 @@ fn gather_equals_the_reference() {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn norms_equal_the_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for d in NORM_D {
         for unit_offset in [false, true] {
             let desc = norm_desc(unit_offset);
@@ -111,8 +114,9 @@ fn norms_equal_the_reference() {
 
 /// The comparison can fail: rows whose lanes are summed in another order have another norm.
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn another_order_of_lanes_differs() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     let (rows, d, desc) = (129, 2048, norm_desc(false));
     let kernel = RmsNorm::new(&gpu.device, &gpu.jit, d, desc).expect("a kernel");
     let (x, w) = (wide(rows * d, 6, -8, 9), wide(d, 7, -3, 4));
@@ -133,8 +137,9 @@ fn another_order_of_lanes_differs() {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn silu_mul_equals_the_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for inner in [100, 1536, 6144] {
         let kernel = SiluMul::new(&gpu.device, &gpu.jit, inner).expect("a kernel");
         for rows in ROWS {
@@ -165,8 +170,9 @@ fn check_silu(gpu: &Gpu, kernel: &SiluMul, inner: usize, g: &[bf16], u: &[bf16])
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn qkv_prep_equals_the_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for spec in qkv_specs() {
         let kernel = QkvPrep::new(&gpu.device, &gpu.jit, spec).expect("a kernel");
         for rows in ROWS {
@@ -237,8 +243,9 @@ fn check_qkv(gpu: &Gpu, kernel: &QkvPrep, spec: QkvPrepSpec, rows: usize) {
 }
 
 #[test]
+#[ignore = "needs an H100 or H200"]
 fn logits_rows_equal_the_reference() {
-    let Some(gpu) = gpu() else { return };
+    let gpu = gpu();
     for vocab in VOCABS {
         let kernel = LogitsRows::new(&gpu.device, &gpu.jit, vocab).expect("a kernel");
         let rows = 9;

@@ -14,19 +14,12 @@ pub struct Gpu {
     pub jit: Jit,
 }
 
-/// The card, or a word that the test did not run.
-pub fn gpu() -> Option<Gpu> {
-    match Device::open(0) {
-        Ok(device) => {
-            let stream = device.stream().expect("a stream");
-            let jit = Jit::new(None, Some(cache())).expect("NVRTC");
-            Some(Gpu { device, stream, jit })
-        }
-        Err(e) => {
-            eprintln!("SKIPPED: no GPU ({e})");
-            None
-        }
-    }
+/// The card; panics where there is none.
+pub fn gpu() -> Gpu {
+    let device = Device::open(0).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"));
+    let stream = device.stream().expect("a stream");
+    let jit = Jit::new(None, Some(cache())).expect("NVRTC");
+    Gpu { device, stream, jit }
 }
 
 /// A word that looks random (SplitMix64).
@@ -131,17 +124,13 @@ impl Gpu {
     }
 }
 
-/// Compiles `sources` where there is an NVRTC, GPU or not, into the cache that the other tests use.
+/// Compiles `sources` with NVRTC, GPU or not, into the cache that the other tests use.
 pub fn compile(sources: &[KernelSource]) {
-    match Jit::new(None, Some(cache())) {
-        Ok(jit) => {
-            parallel(sources.len(), |i| {
-                jit.cubin(&sources[i]).expect("a kernel");
-            });
-            println!("{} kernels compile", sources.len());
-        }
-        Err(e) => eprintln!("SKIPPED: no NVRTC ({e})"),
-    }
+    let jit = Jit::new(None, Some(cache())).unwrap_or_else(|e| panic!("this test needs NVRTC: {e}"));
+    parallel(sources.len(), |i| {
+        jit.cubin(&sources[i]).expect("a kernel");
+    });
+    println!("{} kernels compile", sources.len());
 }
 
 fn cache() -> PathBuf {
