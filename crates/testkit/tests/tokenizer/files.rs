@@ -5,14 +5,11 @@ use std::path::{Path, PathBuf};
 use bitfast_model::{Gguf, MetaValue};
 use bitfast_text::{GgufVocab, Tokenizer};
 
-/// The file or folder in the cache; says so when it is not there, and the test has to end.
-pub fn cached(name: &str) -> Option<PathBuf> {
-    let path = cache_dir()?.join(name);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("SKIPPED: {name} is not in the cache; run cargo xtask models");
-    None
+/// The file or folder in the cache; panics when it is not there.
+pub fn cached(name: &str) -> PathBuf {
+    let path = cache_dir().expect("a cache folder").join(name);
+    assert!(path.exists(), "{} is missing: cargo xtask models", path.display());
+    path
 }
 
 fn cache_dir() -> Option<PathBuf> {
@@ -23,24 +20,24 @@ fn cache_dir() -> Option<PathBuf> {
 }
 
 /// A tokenizer folder of the cache.
-pub fn folder(name: &str) -> Option<Tokenizer> {
-    let dir = cached(&format!("test-models/{name}"))?;
-    Some(Tokenizer::from_dir(&dir).unwrap_or_else(|error| panic!("{name}: {error}")))
+pub fn folder(name: &str) -> Tokenizer {
+    let dir = cached(&format!("test-models/{name}"));
+    Tokenizer::from_dir(&dir).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 /// A vocabulary without weights.
-pub fn gguf_vocabulary(name: &str) -> Option<Tokenizer> {
-    Some(from_gguf(&cached(&format!("test-models/llama.cpp/ggml-vocab-{name}.gguf"))?))
+pub fn gguf_vocabulary(name: &str) -> Tokenizer {
+    from_gguf(&cached(&format!("test-models/llama.cpp/ggml-vocab-{name}.gguf")))
 }
 
-pub fn smollm2() -> Option<Tokenizer> {
-    Some(from_gguf(&cached("models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf")?))
+pub fn smollm2() -> Tokenizer {
+    from_gguf(&cached("models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf"))
 }
 
 /// A chat template of the cache.
-pub fn template(name: &str) -> Option<String> {
-    let path = cached(&format!("test-models/llama.cpp/templates/{name}.jinja"))?;
-    Some(std::fs::read_to_string(path).unwrap())
+pub fn template(name: &str) -> String {
+    let path = cached(&format!("test-models/llama.cpp/templates/{name}.jinja"));
+    std::fs::read_to_string(path).unwrap()
 }
 
 fn from_gguf(path: &Path) -> Tokenizer {

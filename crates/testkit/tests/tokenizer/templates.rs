@@ -47,21 +47,22 @@ const DIFFERENT: &[(&str, &str)] = &[
 ];
 
 /// The source of a template by its name in the golden file.
-fn source(name: &str) -> Option<String> {
+fn source(name: &str) -> String {
     if !["deepseek_v3", "llama3", "llama3_1", "qwen3"].contains(&name) {
         return template(name);
     }
-    let path = cached(&format!("test-models/{name}/tokenizer_config.json"))?;
+    let path = cached(&format!("test-models/{name}/tokenizer_config.json"));
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    Some(config["chat_template"].as_str().unwrap().to_owned())
+    config["chat_template"].as_str().unwrap().to_owned()
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn every_template_as_hugging_face() {
     let golden: Golden = serde_json::from_str(include_str!("templates.json")).unwrap();
     let (mut same, mut wrong) = (0, Vec::new());
     for (name, expected) in golden.sha256.iter().filter(|(name, _)| *name != "smollm2") {
-        let Some(source) = source(name) else { return };
+        let source = source(name);
         let tokens = TemplateTokens {
             bos: Some("<BOS>".into()),
             eos: Some("<EOS>".into()),
@@ -104,8 +105,9 @@ fn conversation() -> Vec<ChatMessage> {
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn smollm2_prompt() {
-    let Some(tokenizer) = smollm2() else { return };
+    let tokenizer = smollm2();
     let template = tokenizer.chat_template().unwrap();
     let prompt = template.render(&conversation(), &RenderOptions::at(NOW)).unwrap();
     assert_eq!(
@@ -121,11 +123,9 @@ fn smollm2_prompt() {
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn llama3_1_prompt() {
-    let (Some(tokenizer), Some(source)) = (folder("llama3_1"), template("meta-llama-Llama-3.1-8B-Instruct"))
-    else {
-        return;
-    };
+    let (tokenizer, source) = (folder("llama3_1"), template("meta-llama-Llama-3.1-8B-Instruct"));
     let tokens = TemplateTokens { bos: Some("<|begin_of_text|>".into()), ..TemplateTokens::default() };
     let template = ChatTemplate::new(&source, tokens).unwrap();
     let prompt = template.render(&conversation(), &RenderOptions::at(NOW)).unwrap();
@@ -141,8 +141,9 @@ fn llama3_1_prompt() {
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn qwen3_prompt_with_and_without_thinking() {
-    let Some(tokenizer) = folder("qwen3") else { return };
+    let tokenizer = folder("qwen3");
     let template = tokenizer.chat_template().unwrap();
     let mut options = RenderOptions::at(NOW);
     let head = "<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n\
@@ -153,8 +154,9 @@ fn qwen3_prompt_with_and_without_thinking() {
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn deepseek_v3_prompt() {
-    let Some(tokenizer) = folder("deepseek_v3") else { return };
+    let tokenizer = folder("deepseek_v3");
     let prompt = tokenizer.chat_template().unwrap().render(&conversation(), &RenderOptions::at(NOW)).unwrap();
     assert_eq!(
         prompt,
@@ -163,16 +165,18 @@ fn deepseek_v3_prompt() {
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn the_time_is_the_one_given() {
-    let Some(source) = template("meta-llama-Llama-3.2-3B-Instruct") else { return };
+    let source = template("meta-llama-Llama-3.2-3B-Instruct");
     let template = ChatTemplate::new(&source, TemplateTokens::default()).unwrap();
     let prompt = template.render(&conversation(), &RenderOptions::at(NOW)).unwrap();
     assert!(prompt.contains("Today Date: 02 Jan 2026"), "{prompt}");
 }
 
 #[test]
+#[cfg_attr(not(has_test_models), ignore = "its files are not in the cache: cargo xtask models")]
 fn roles_that_a_template_refuses() {
-    let Some(source) = template("google-gemma-2-2b-it") else { return };
+    let source = template("google-gemma-2-2b-it");
     let template = ChatTemplate::new(&source, TemplateTokens::default()).unwrap();
     let error = template.render(&conversation(), &RenderOptions::at(NOW)).unwrap_err();
     let TemplateError::Raised { message, line: Some(_) } = &error else { panic!("{error:?}") };
