@@ -17,16 +17,12 @@ type Kernel = unsafe fn(&Tile);
 pub(super) unsafe fn product(t: Tile) {
     let mut row = 0;
     while row < t.rows {
-        let (left, most) = (t.rows - row, if t.rows <= MAX_STREAM_ROWS { MAX_STREAM_ROWS } else { MAX_ROWS });
-        // As even as possible: 13 rows are 5 + 4 + 4, not 6 + 6 + 1.
-        let rows = left.div_ceil(left.div_ceil(most));
+        let left = t.rows - row;
+        // As even as possible: 9 rows are 5 + 4, not 8 + 1.
+        let rows = left.div_ceil(left.div_ceil(MAX_ROWS));
         let mut tile = 0;
         while tile < t.tiles {
-            let (tiles, kernel) = if t.rows <= MAX_STREAM_ROWS {
-                stream_kernel_for(rows, t.tiles - tile)
-            } else {
-                kernel_for(rows, t.tiles - tile)
-            };
+            let (tiles, kernel) = kernel_for(rows, t.tiles - tile);
             // SAFETY: a sub-block of the block that the caller vouches for.
             unsafe {
                 let part = t.part(row, rows, tile, tiles);
@@ -39,40 +35,24 @@ pub(super) unsafe fn product(t: Tile) {
     }
 }
 
-/// Most rows of a kernel: 6 rows x 2 tiles x 2 chains are 24 of the 32 registers.
-const MAX_ROWS: usize = 6;
-/// Most rows of a kernel that streams: its memory operands reach this many.
-const MAX_STREAM_ROWS: usize = 8;
+/// Most rows of a kernel: its memory operands reach this many, and 16 chains keep the units busy.
+const MAX_ROWS: usize = 8;
 
-/// (tiles, kernel) for `rows` rows of more than [`MAX_STREAM_ROWS`], with `left` tiles to do.
+/// (tiles, kernel) for `rows` rows with `left` tiles to do. A kernel reads B in the order of its addresses, which the
+/// processor's own prefetch follows; two tiles side by side would halve the pace of what comes from memory.
 fn kernel_for(rows: usize, left: usize) -> (usize, Kernel) {
-    match (rows, left) {
-        (4, 2..) => (2, k4x2),
-        (5, 2..) => (2, k5x2),
-        (6, 2..) => (2, k6x2),
-        (4, _) => (1, k4x1),
-        (5, _) => (1, k5x1),
-        (6, _) => (1, k6x1),
-        _ => unreachable!("a block of {rows} rows"),
-    }
-}
-
-/// (tiles, kernel) for up to [`MAX_STREAM_ROWS`] rows with `left` tiles to do. These kernels read B once and in the
-/// order of its addresses, which the processor's own prefetch follows; two tiles side by side halve its pace.
-fn stream_kernel_for(rows: usize, left: usize) -> (usize, Kernel) {
-    let (tiles, kernels): (usize, &[Kernel; MAX_STREAM_ROWS]) = match left {
-        4.. => (4, &[s1x4, s2x4, s3x4, s4x4, s5x4, s6x4, s7x4, s8x4]),
-        2.. => (2, &[s1x2, s2x2, s3x2, s4x2, s5x2, s6x2, s7x2, s8x2]),
-        _ => (1, &[s1x1, s2x1, s3x1, s4x1, s5x1, s6x1, s7x1, s8x1]),
+    let (tiles, kernels): (usize, &[Kernel; MAX_ROWS]) = match left {
+        4.. => (4, &[k1x4, k2x4, k3x4, k4x4, k5x4, k6x4, k7x4, k8x4]),
+        2.. => (2, &[k1x2, k2x2, k3x2, k4x2, k5x2, k6x2, k7x2, k8x2]),
+        _ => (1, &[k1x1, k2x1, k3x1, k4x1, k5x1, k6x1, k7x1, k8x1]),
     };
     (tiles, kernels[rows - 1])
 }
 
 /// What all kernels have in common: MXCSR, the mask, the loop over chunks, operands. `$body` is one chunk; it leaves
-/// `b` behind the last tile that it read, less what `$b_next` adds, and `a` behind the chunk.
+/// `a` behind the chunk and `b` behind the last tile that it read, from where `$b_next` leads to the next chunk.
 ///
-/// zmm24..27 are widened weights, zmm28 the mask of the odd halves; zmm0..23 are chains, a pair (even, odd) for each
-/// row (and tile).
+/// zmm24/25 are widened weights, zmm28 the mask of the odd halves; zmm0..15 are chains, a pair (even, odd) for each row.
 macro_rules! chunks {
     ($name:ident: |$t:ident| $b_next:expr, $body:expr) => {
         unsafe fn $name($t: &Tile) {
@@ -107,10 +87,8 @@ macro_rules! chunks {
                     pairs = out(reg) _,
                     out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _, out("zmm5") _,
                     out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _, out("zmm10") _, out("zmm11") _,
-                    out("zmm12") _, out("zmm13") _, out("zmm14") _, out("zmm15") _, out("zmm16") _,
-                    out("zmm17") _, out("zmm18") _, out("zmm19") _, out("zmm20") _, out("zmm21") _,
-                    out("zmm22") _, out("zmm23") _, out("zmm24") _, out("zmm25") _, out("zmm26") _,
-                    out("zmm27") _, out("zmm28") _, out("zmm29") _, out("zmm30") _,
+                    out("zmm12") _, out("zmm13") _, out("zmm14") _, out("zmm15") _,
+                    out("zmm24") _, out("zmm25") _, out("zmm28") _,
                     options(nostack),
                 );
             }
@@ -137,13 +115,11 @@ macro_rules! text {
             "\n"
         )
     };
-    (widen $j:tt $even:tt $odd:tt) => {
+    (widen $even:tt $odd:tt) => {
         concat!(
             "vmovdqu64 zmm",
             $odd,
-            ", zmmword ptr [{b} + 1024 * ",
-            $j,
-            "]\n",
+            ", zmmword ptr [{b}]\n",
             "vpslld zmm",
             $even,
             ", zmm",
@@ -168,25 +144,6 @@ macro_rules! text {
             ", zmm25, dword ptr [",
             $a,
             " + 4]{{1to16}}\n",
-        )
-    };
-    (fma $a:tt $e0:tt $o0:tt, $e1:tt $o1:tt) => {
-        concat!(
-            "vbroadcastss zmm29, dword ptr [",
-            $a,
-            "]\nvbroadcastss zmm30, dword ptr [",
-            $a,
-            " + 4]\n",
-            "vfmadd231ps zmm",
-            $e0,
-            ", zmm24, zmm29\nvfmadd231ps zmm",
-            $o0,
-            ", zmm25, zmm30\n",
-            "vfmadd231ps zmm",
-            $e1,
-            ", zmm26, zmm29\nvfmadd231ps zmm",
-            $o1,
-            ", zmm27, zmm30\n",
         )
     };
     // acc = acc + (e + o) for tile $j of the row of C that `pairs` points to.
@@ -218,38 +175,16 @@ macro_rules! text {
     };
 }
 
-/// One or two tiles side by side, for rows that hold the weights in registers.
+/// Kernels for one, two and four tiles: the tiles of a chunk one after the other.
 macro_rules! kernel {
-    ($name:ident: 1, $( { [$a:tt] $e:tt $o:tt } )+) => {
-        chunks!($name: |t| t.b_chunk.wrapping_sub(B_TILE), concat!(
-            $( text!(zero $e $o), )+
-            "mov {pairs:e}, 16\n3:\n",
-            text!(widen 0 24 25), $( text!(fma $a $e $o), )+ text!(next_pair),
-            "mov {pairs}, {c}\n",
-            $( text!(join 0 $e $o), "add {pairs}, {c_stride}\n", )+
-        ));
-    };
-    ($name:ident: 2, $( { [$a:tt] $e0:tt $o0:tt, $e1:tt $o1:tt } )+) => {
-        chunks!($name: |t| t.b_chunk.wrapping_sub(B_TILE), concat!(
-            $( text!(zero $e0 $o0), text!(zero $e1 $o1), )+
-            "mov {pairs:e}, 16\n3:\n",
-            text!(widen 0 24 25), text!(widen 1 26 27), $( text!(fma $a $e0 $o0, $e1 $o1), )+ text!(next_pair),
-            "mov {pairs}, {c}\n",
-            $( text!(join 0 $e0 $o0), text!(join 1 $e1 $o1), "add {pairs}, {c_stride}\n", )+
-        ));
-    };
-}
-
-/// The tiles of a chunk one after the other, for rows that wait for the weights.
-macro_rules! stream {
     ($one:ident, $two:ident, $four:ident: $rows:tt) => {
-        stream!(@chunk $one [0] $rows);
-        stream!(@chunk $two [0, 1] $rows);
-        stream!(@chunk $four [0, 1, 2, 3] $rows);
+        kernel!(@chunk $one [0] $rows);
+        kernel!(@chunk $two [0, 1] $rows);
+        kernel!(@chunk $four [0, 1, 2, 3] $rows);
     };
     (@chunk $name:ident [$($j:tt),+] $rows:tt) => {
         chunks!($name: |t| t.b_chunk.wrapping_sub([$($j),+].len() * B_TILE), concat!(
-            $( stream!(@tile $j $rows), )+
+            $( kernel!(@tile $j $rows), )+
             "add {a}, 128\n",
         ));
     };
@@ -258,7 +193,7 @@ macro_rules! stream {
             $( text!(zero $e $o), )+
             "mov {pairs:e}, 16\n3:\n",
             "prefetcht0 byte ptr [{b} + {ahead}]\n",
-            text!(widen 0 24 25), $( text!(fma $a $e $o), )+ text!(next_pair),
+            text!(widen 24 25), $( text!(fma $a $e $o), )+ text!(next_pair),
             "mov {pairs}, {c}\n",
             $( text!(join $j $e $o), "add {pairs}, {c_stride}\n", )+
             "sub {a}, 128\n",
@@ -266,18 +201,11 @@ macro_rules! stream {
     };
 }
 
-kernel!(k4x1: 1, {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7});
-kernel!(k5x1: 1, {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9});
-kernel!(k6x1: 1, {["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11});
-kernel!(k4x2: 2, {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11} {["{a} + {s3}"] 12 13, 14 15});
-kernel!(k5x2: 2, {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11} {["{a} + {s3}"] 12 13, 14 15} {["{a} + 4 * {s1}"] 16 17, 18 19});
-kernel!(k6x2: 2, {["{a}"] 0 1, 2 3} {["{a} + {s1}"] 4 5, 6 7} {["{a} + 2 * {s1}"] 8 9, 10 11} {["{a} + {s3}"] 12 13, 14 15} {["{a} + 4 * {s1}"] 16 17, 18 19} {["{a} + {s5}"] 20 21, 22 23});
-
-stream!(s1x1, s1x2, s1x4: [{["{a}"] 0 1}]);
-stream!(s2x1, s2x2, s2x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3}]);
-stream!(s3x1, s3x2, s3x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5}]);
-stream!(s4x1, s4x2, s4x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7}]);
-stream!(s5x1, s5x2, s5x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9}]);
-stream!(s6x1, s6x2, s6x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11}]);
-stream!(s7x1, s7x2, s7x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11} {["{a} + 2 * {s3}"] 12 13}]);
-stream!(s8x1, s8x2, s8x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11} {["{a} + 2 * {s3}"] 12 13} {["{a} + {s7}"] 14 15}]);
+kernel!(k1x1, k1x2, k1x4: [{["{a}"] 0 1}]);
+kernel!(k2x1, k2x2, k2x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3}]);
+kernel!(k3x1, k3x2, k3x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5}]);
+kernel!(k4x1, k4x2, k4x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7}]);
+kernel!(k5x1, k5x2, k5x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9}]);
+kernel!(k6x1, k6x2, k6x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11}]);
+kernel!(k7x1, k7x2, k7x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11} {["{a} + 2 * {s3}"] 12 13}]);
+kernel!(k8x1, k8x2, k8x4: [{["{a}"] 0 1} {["{a} + {s1}"] 2 3} {["{a} + 2 * {s1}"] 4 5} {["{a} + {s3}"] 6 7} {["{a} + 4 * {s1}"] 8 9} {["{a} + {s5}"] 10 11} {["{a} + 2 * {s3}"] 12 13} {["{a} + {s7}"] 14 15}]);
