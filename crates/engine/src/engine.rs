@@ -206,8 +206,12 @@ impl<R: Runner> Engine<R> {
             }
         };
         self.observe(&batch, &outputs);
-        self.take_results(&batch, outputs.samples, self.shared.clock.now());
+        let leaving = self.take_results(&batch, outputs.samples, self.shared.clock.now());
+        // Before the last events: who has seen a request's end finds all of its steps in the records.
         let record = self.record(&batch, start, execute);
+        for (live, failure) in leaving {
+            live.end(self.shared.clock.now(), failure);
+        }
         Step::Ran(record)
     }
 
@@ -301,7 +305,13 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Ends one request with an error; the others go on.
-    pub(crate) fn fail(&mut self, key: RequestKey, message: String) {
+    fn fail(&mut self, key: RequestKey, message: String) {
+        self.condemn(key);
+        self.end(key, Some(message));
+    }
+
+    /// Ends all samples of a request that fails.
+    pub(crate) fn condemn(&mut self, key: RequestKey) {
         let live = self.requests.get_mut(&key).expect("the request lives");
         for index in 0..live.samples.len() as u32 {
             match live.samples[index as usize].place {
@@ -315,20 +325,22 @@ impl<R: Runner> Engine<R> {
             live.move_to(index, Place::Ended);
         }
         self.stats.failed += 1;
-        self.end(key, Some(message));
     }
 
-    /// Takes a request with no samples left out of service. Before its last event its id is free again, and the
-    /// figures include it.
-    pub(crate) fn end(&mut self, key: RequestKey, failure: Option<String>) {
-        let live = self.requests.remove(&key).expect("the request lives");
-        {
-            let mut inbox = self.shared.inbox();
-            inbox.live.remove(&live.id);
-            inbox.queued -= usize::from(!live.started);
-        }
+    /// Ends a request with no samples left. Before its last event its id is free again, and the figures include it.
+    fn end(&mut self, key: RequestKey, failure: Option<String>) {
+        let live = self.take_out(key);
         self.publish_stats();
         live.end(self.shared.clock.now(), failure);
+    }
+
+    /// Takes a request with no samples left out of service.
+    pub(crate) fn take_out(&mut self, key: RequestKey) -> Live {
+        let live = self.requests.remove(&key).expect("the request lives");
+        let mut inbox = self.shared.inbox();
+        inbox.live.remove(&live.id);
+        inbox.queued -= usize::from(!live.started);
+        live
     }
 
     pub(crate) fn publish_stats(&mut self) {

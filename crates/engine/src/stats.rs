@@ -62,7 +62,7 @@ pub struct StepRecord {
     pub id: u64,
     /// Start, on the engine's clock.
     pub start: Duration,
-    /// From before scheduling to after the events were sent.
+    /// From before scheduling to after the commit; the last events of requests follow.
     pub duration: Duration,
     /// The runner's part of `duration`.
     pub execute: Duration,

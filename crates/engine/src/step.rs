@@ -94,8 +94,14 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    /// Reports what the step gave, part by part, then commits it.
-    pub(crate) fn take_results(&mut self, batch: &Batch, mut samples: Vec<RowSample>, now: Duration) {
+    /// Reports what the step gave, part by part, then commits it. Returns the requests that end with it, to be
+    /// told so, each with its failure.
+    pub(crate) fn take_results(
+        &mut self,
+        batch: &Batch,
+        mut samples: Vec<RowSample>,
+        now: Duration,
+    ) -> Vec<(Live, Option<String>)> {
         let mut taken = Taken::default();
         let mut next_row = 0;
         let mut outcomes = Vec::with_capacity(batch.parts.len());
@@ -105,7 +111,7 @@ impl<R: Runner> Engine<R> {
             outcomes.push(self.take_part(part, next_row, answers, now, &mut taken));
             next_row += rows;
         }
-        self.settle(batch, &outcomes, taken);
+        self.settle(batch, &outcomes, taken)
     }
 
     /// Reports one part's rows, which begin at `first_row` of the logit rows.
@@ -165,8 +171,8 @@ impl<R: Runner> Engine<R> {
         outcome
     }
 
-    /// Commits the step, then ends what has ended and puts further samples in line.
-    fn settle(&mut self, batch: &Batch, outcomes: &[Outcome], taken: Taken) {
+    /// Commits the step, puts further samples in line, and takes out what has ended.
+    fn settle(&mut self, batch: &Batch, outcomes: &[Outcome], taken: Taken) -> Vec<(Live, Option<String>)> {
         let Taken { mut failures, prompts_done } = taken;
         self.scheduler.commit(batch, outcomes);
         let mut touched = Vec::new();
@@ -192,14 +198,17 @@ impl<R: Runner> Engine<R> {
                 }
             }
         }
+        let mut leaving = Vec::new();
         for (key, message) in failures {
-            self.fail(key, message);
+            self.condemn(key);
+            leaving.push((self.take_out(key), Some(message)));
         }
         for key in touched {
             if self.requests.get(&key).is_some_and(|live| live.unfinished == 0) {
-                self.end(key, None);
+                leaving.push((self.take_out(key), None));
             }
         }
+        leaving
     }
 
     pub(crate) fn record(&mut self, batch: &Batch, start: Duration, execute: Duration) -> StepRecord {

@@ -155,6 +155,24 @@ fn steps_are_recorded_in_a_bounded_ring() {
     assert!(handle.step_stats(6).is_empty());
 }
 
+/// Who times a request by its steps reads the records when it has ended.
+#[test]
+fn a_request_ends_after_the_record_of_its_last_step() {
+    for tokens in [1, 3] {
+        let (mut engine, handle) = engine(config());
+        let (records, seen) = std::sync::mpsc::channel();
+        let reader = handle.clone();
+        let sink = Box::new(move |event: Event| {
+            if let Event::Done(_) = event {
+                records.send(reader.step_stats(0).len()).unwrap();
+            }
+        });
+        let _guard = handle.submit_with(request("a", 0..5, max_tokens(tokens)), sink).unwrap();
+        settle(&mut engine);
+        assert_eq!(seen.try_recv(), Ok(tokens as usize));
+    }
+}
+
 #[test]
 fn shutting_down_finishes_or_aborts() {
     let handle = spawn();
