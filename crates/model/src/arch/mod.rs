@@ -1,11 +1,10 @@
-//! Forward passes, one file per architecture, all generic on the backend.
+//! Forward passes, one file per layer loop, all generic on the backend.
 //!
 //! To add one: a file with a weights struct whose `build` asks for its tensors and whose `forward` is the layer
 //! loop; a variant of [`Architecture`]; an arm in [`tensor_specs`] and in [`load`].
 
+mod dense;
 mod layers;
-mod llama;
-mod qwen3;
 
 use bitfast_ops::{Backend, BackendError, KvLayout};
 
@@ -62,8 +61,9 @@ pub fn load<B: Backend>(
     let plan = plan(config, ranks);
     crate::load::run(be, source, plan, options.threads, progress, |l: &mut Load<'_, B>| {
         Ok(match config.architecture {
-            Architecture::Llama => Box::new(llama::Llama::load(be, config, options, l)?) as Box<dyn Model<B>>,
-            Architecture::Qwen3 => Box::new(qwen3::Qwen3::load(be, config, options, l)?),
+            Architecture::Llama | Architecture::Qwen3 => {
+                Box::new(dense::Dense::load(be, config, options, l)?) as Box<dyn Model<B>>
+            }
         })
     })
     .map(|(model, weights)| Loaded { model, weights_digest: weights, config_digest: config.digest() })
@@ -73,8 +73,7 @@ pub fn load<B: Backend>(
 fn plan(config: &ModelConfig, ranks: usize) -> Plan {
     let mut plan = Plan::new(ranks);
     let built = match config.architecture {
-        Architecture::Llama => llama::Weights::build(&mut plan, config).map(drop),
-        Architecture::Qwen3 => qwen3::Weights::build(&mut plan, config).map(drop),
+        Architecture::Llama | Architecture::Qwen3 => dense::Weights::build(&mut plan, config).map(drop),
     };
     built.expect("a plan reads nothing that could fail");
     plan

@@ -1,14 +1,15 @@
-//! Llama (Touvron et al. 2023), with grouped-query attention as in Llama 2 and 3 and SmolLM2.
+//! Dense decoders with grouped-query attention and a gated MLP: Llama (Touvron et al. 2023; Llama 3, SmolLM2) and
+//! Qwen3 (Qwen Team 2025), which normalises q and k heads before the rotation and is the same otherwise.
 
 use bitfast_ops::{Backend, BackendError, KvLayout};
 
 use super::Model;
 use super::layers::{Attention, Buffers, Ends, GatedMlp, HeadNorms, gqa_layout, norm, norm_desc};
 use crate::load::Build;
-use crate::{LoadError, LoadOptions, ModelConfig};
+use crate::{Architecture, LoadError, LoadOptions, ModelConfig};
 
-/// A Llama on a device.
-pub(super) struct Llama<B: Backend> {
+/// A dense decoder on a device.
+pub(super) struct Dense<B: Backend> {
     config: ModelConfig,
     options: LoadOptions,
     ranks: usize,
@@ -32,12 +33,16 @@ struct Layer<W, P> {
 impl<W, P> Weights<W, P> {
     /// Asks for every weight, in the order of loading.
     pub fn build<T: Build<Weight = W, Param = P>>(b: &mut T, c: &ModelConfig) -> Result<Self, LoadError> {
+        let head_norms = match c.architecture {
+            Architecture::Llama => HeadNorms::None,
+            Architecture::Qwen3 => HeadNorms::BeforeRotation,
+        };
         let ends = Ends::build(b, c)?;
         let layers = (0..c.num_layers).map(|i| {
             let prefix = format!("model.layers.{i}");
             Ok(Layer {
                 input_norm: norm(b, &format!("{prefix}.input_layernorm"), c.hidden_size)?,
-                attention: Attention::build(b, c, i, &format!("{prefix}.self_attn"), HeadNorms::None)?,
+                attention: Attention::build(b, c, i, &format!("{prefix}.self_attn"), head_norms)?,
                 post_attention_norm: norm(b, &format!("{prefix}.post_attention_layernorm"), c.hidden_size)?,
                 mlp: GatedMlp::build(b, c, &format!("{prefix}.mlp"))?,
             })
@@ -46,7 +51,7 @@ impl<W, P> Weights<W, P> {
     }
 }
 
-impl<B: Backend> Llama<B> {
+impl<B: Backend> Dense<B> {
     /// Loads the weights that `b` hands out.
     pub fn load<T: Build<Weight = B::Weight, Param = B::Param>>(
         be: &B,
@@ -61,7 +66,7 @@ impl<B: Backend> Llama<B> {
     }
 }
 
-impl<B: Backend> Model<B> for Llama<B> {
+impl<B: Backend> Model<B> for Dense<B> {
     fn config(&self) -> &ModelConfig {
         &self.config
     }
