@@ -9,15 +9,9 @@ use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
 use bitfast_ops::SeqInput;
 
-const FILL: &str = r#"
-extern "C" __global__ void fill(bf16* p, u64 n, u32 seed, float scale) {
-    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
-        u32 h = (u32)i * 2654435761u ^ (u32)(i >> 32) * 40503u ^ seed;
-        h ^= h >> 16, h *= 0x85ebca6b, h ^= h >> 13, h *= 0xc2b2ae35, h ^= h >> 16;
-        p[i] = (bf16)pack_bf16(((int)(h & 0xffff) - 32768) * scale / 32768.f, 0.f);
-    }
-}
-"#;
+mod common;
+
+use common::FILL;
 
 /// Qwen3-1.7B.
 const QWEN: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };

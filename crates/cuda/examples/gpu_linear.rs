@@ -11,15 +11,10 @@ use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wid
 use bitfast_ops::LinearKind;
 use bitfast_ops::contract::{Join, KOrder};
 
-const TOOLS: &str = r#"
-extern "C" __global__ void fill(bf16* p, u64 n, u32 seed, float scale) {
-    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
-        u32 h = (u32)i * 2654435761u ^ (u32)(i >> 32) * 40503u ^ seed;
-        h ^= h >> 16, h *= 0x85ebca6b, h ^= h >> 13, h *= 0xc2b2ae35, h ^= h >> 16;
-        p[i] = (bf16)pack_bf16(((int)(h & 0xffff) - 32768) * scale / 32768.f, 0.f);
-    }
-}
-"#;
+mod common;
+
+use common::FILL;
+
 const DIFFER: &str = r#"
 extern "C" __global__ void differ(const u32* a, const u32* b, u64 n, u32* count) {
     u32 bad = 0;
@@ -294,7 +289,7 @@ impl Bench {
             let source = KernelSource { name, parts, defines: vec![], wgmma_n: None };
             Ok(device.kernel(&jit.cubin(&source)?, name, 0)?)
         };
-        let (fill, differ) = (tool("fill", &[TOOLS])?, tool("differ", &[DIFFER])?);
+        let (fill, differ) = (tool("fill", &[FILL])?, tool("differ", &[DIFFER])?);
         let stream = device.stream()?;
         let bench = Self {
             fill,

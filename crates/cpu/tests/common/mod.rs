@@ -1,4 +1,5 @@
 //! Inputs and backends of the twin tests.
+// Every test binary compiles this and uses its own part of it.
 #![allow(dead_code)]
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa, Tensor};

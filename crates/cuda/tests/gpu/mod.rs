@@ -1,4 +1,5 @@
 //! What GPU tests share: opening the card, inputs, transfers.
+// Every test binary compiles this and uses its own part of it.
 #![allow(dead_code)]
 
 use std::path::PathBuf;
