@@ -14,7 +14,7 @@ mod load;
 mod rope;
 mod weights;
 
-pub use arch::{Model, kv_layout, load, tensor_specs};
+pub use arch::{Model, PackedWeights, kv_layout, load, tensor_specs};
 pub use blake3::Hash;
 pub use config::{Architecture, GenerationConfig, ModelConfig, Rope, RopeScaling};
 pub use error::{ConfigError, LoadError, WeightError};

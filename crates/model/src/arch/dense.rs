@@ -1,20 +1,27 @@
 //! Dense decoders with grouped-query attention and a gated MLP: Llama (Touvron et al. 2023; Llama 3, SmolLM2) and
 //! Qwen3 (Qwen Team 2025), which normalises q and k heads before the rotation and is the same otherwise.
 
+use std::sync::Arc;
+
 use bitfast_ops::{Backend, BackendError, KvLayout};
 
-use super::Model;
 use super::layers::{Attention, Buffers, Ends, GatedMlp, HeadNorms, gqa_layout, norm, norm_desc};
+use super::{Model, PackedWeights};
 use crate::load::Build;
 use crate::{Architecture, LoadError, LoadOptions, ModelConfig};
 
 /// A dense decoder on a device.
 pub(super) struct Dense<B: Backend> {
+    packed: Arc<Packed<B>>,
+    buffers: Buffers<B>,
+}
+
+/// What no step changes.
+struct Packed<B: Backend> {
     config: ModelConfig,
     options: LoadOptions,
     ranks: usize,
     weights: Weights<B::Weight, B::Param>,
-    buffers: Buffers<B>,
 }
 
 /// All weights, packed.
@@ -62,25 +69,37 @@ impl<B: Backend> Dense<B> {
         let buffers = Buffers::new(be, config, options)?;
         let weights = Weights::build(b, config)?;
         let ranks = be.rank().1;
-        Ok(Self { config: config.clone(), options: options.clone(), ranks, weights, buffers })
+        let packed = Packed { config: config.clone(), options: options.clone(), ranks, weights };
+        Ok(Self { packed: Arc::new(packed), buffers })
+    }
+}
+
+impl<B: Backend> PackedWeights<B> for Packed<B> {
+    fn model(self: Arc<Self>, be: &B) -> Result<Box<dyn Model<B>>, BackendError> {
+        let buffers = Buffers::new(be, &self.config, &self.options)?;
+        Ok(Box::new(Dense { packed: self, buffers }))
     }
 }
 
 impl<B: Backend> Model<B> for Dense<B> {
     fn config(&self) -> &ModelConfig {
-        &self.config
+        &self.packed.config
     }
 
     fn options(&self) -> &LoadOptions {
-        &self.options
+        &self.packed.options
     }
 
     fn kv_layout(&self, block_size: usize) -> KvLayout {
-        gqa_layout(&self.config, self.ranks, block_size)
+        gqa_layout(&self.packed.config, self.packed.ranks, block_size)
+    }
+
+    fn weights(&self) -> Arc<dyn PackedWeights<B>> {
+        Arc::<Packed<B>>::clone(&self.packed)
     }
 
     fn forward(&mut self, be: &mut B, kv: &mut B::Kv) -> Result<&mut B::Tensor, BackendError> {
-        let (c, w, b) = (&self.config, &self.weights, &mut self.buffers);
+        let (c, w, b) = (&self.packed.config, &self.packed.weights, &mut self.buffers);
         let norm = norm_desc(c);
         w.ends.embed(be, b)?;
         for (i, layer) in w.layers.iter().enumerate() {

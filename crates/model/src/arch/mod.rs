@@ -6,6 +6,8 @@
 mod dense;
 mod layers;
 
+use std::sync::Arc;
+
 use bitfast_ops::{Backend, BackendError, KvLayout};
 
 use crate::load::{Load, Plan};
@@ -29,6 +31,15 @@ pub trait Model<B: Backend>: Send {
 
     /// The logits that the last [`forward`](Model::forward) left; for steps that were replayed.
     fn logits(&mut self) -> &mut B::Tensor;
+
+    /// Its weights, to be shared with other engines or to outlive its buffers.
+    fn weights(&self) -> Arc<dyn PackedWeights<B>>;
+}
+
+/// Packed weights, read-only: any number of models may run on them, each in an engine of its own.
+pub trait PackedWeights<B: Backend>: Send + Sync {
+    /// A model on these weights with step buffers of its own. `be` is of the device (and rank) that packed them.
+    fn model(self: Arc<Self>, be: &B) -> Result<Box<dyn Model<B>>, BackendError>;
 }
 
 /// Every tensor that `config`'s model needs, in the order of loading.
