@@ -25,11 +25,14 @@ pub struct CpuOptions {
     pub batch_invariant: bool,
     /// Ask for one core per worker thread.
     pub pin: bool,
+    /// Thread `i` is meant for core number `first_core + i` of those that the process may use: backends that
+    /// share a machine get cores of their own.
+    pub first_core: usize,
 }
 
 impl Default for CpuOptions {
     fn default() -> Self {
-        Self { threads: None, isa: None, batch_invariant: true, pin: true }
+        Self { threads: None, isa: None, batch_invariant: true, pin: true, first_core: 0 }
     }
 }
 
@@ -47,7 +50,8 @@ impl CpuBackend {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = options.threads.unwrap_or_else(cores).max(1);
         let split = if options.batch_invariant { KSplit::ByWeight } else { KSplit::ByRows };
-        Ok(Self { workers: Workers::new(isa, threads, options.pin), split, batch: BatchInputs::default() })
+        let first_core = options.pin.then_some(options.first_core);
+        Ok(Self { workers: Workers::new(isa, threads, first_core), split, batch: BatchInputs::default() })
     }
 
     /// The instruction-set path in use.

@@ -50,9 +50,9 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the caller of [`Pool::run`] among them (so 1 starts none). `pin` asks
-    /// for one core per worker; a refusal is ignored.
-    pub fn new(threads: usize, pin: bool) -> Self {
+    /// A pool of `threads` threads, the caller of [`Pool::run`] among them (so 1 starts none). `first_core` asks
+    /// for one core per worker, from that allowed core on; a refusal, or too few cores, is ignored.
+    pub fn new(threads: usize, first_core: Option<usize>) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
@@ -62,7 +62,8 @@ impl Pool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let cores = if pin { allowed_cores() } else { Vec::new() };
+        let cores: Vec<usize> =
+            first_core.map(|first| allowed_cores().into_iter().skip(first).collect()).unwrap_or_default();
         let workers = (1..threads)
             .map(|id| {
                 let shared = shared.clone();
@@ -264,7 +265,7 @@ mod tests {
     #[test]
     fn every_item_is_done_once_before_run_returns() {
         for threads in [1, 2, 3, 5] {
-            let mut pool = Pool::new(threads, false);
+            let mut pool = Pool::new(threads, None);
             assert_eq!(pool.threads(), threads);
             for total in (0..100).chain([1000]) {
                 let counts: Vec<AtomicUsize> = (0..total).map(|_| AtomicUsize::new(0)).collect();
@@ -281,7 +282,7 @@ mod tests {
 
     #[test]
     fn sleeping_workers_wake_up_and_join() {
-        let mut pool = Pool::new(3, true);
+        let mut pool = Pool::new(3, Some(0));
         for _ in 0..3 {
             while pool.shared.sleepers.load(SeqCst) < 2 {
                 yield_now();
@@ -299,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_worker_reaches_the_caller_and_the_pool_lives_on() {
-        let mut pool = Pool::new(2, false);
+        let mut pool = Pool::new(2, None);
         let joined = AtomicUsize::new(0);
         let both = |panics: bool| {
             joined.fetch_add(1, Relaxed);

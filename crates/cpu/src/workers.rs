@@ -28,11 +28,11 @@ struct Slot(UnsafeCell<Buffer>);
 unsafe impl Sync for Slot {}
 
 impl Workers {
-    pub fn new(isa: Isa, threads: usize, pin: bool) -> Self {
+    pub fn new(isa: Isa, threads: usize, first_core: Option<usize>) -> Self {
         let scratch = (0..threads).map(|_| Slot(UnsafeCell::new(Buffer::default()))).collect();
         Self {
             isa,
-            pool: Pool::new(threads, pin),
+            pool: Pool::new(threads, first_core),
             scratch,
             widened: Buffer::default(),
             partials: Buffer::default(),

@@ -118,8 +118,13 @@ fn the_unconstrained_mode_depends_on_the_batch() {
     let (x, w) = (Inputs::Plain.values(7, rows * k), Inputs::Plain.values(8, n * k));
     for isa in isas() {
         for (invariant, same) in [(true, true), (false, false)] {
-            let options =
-                CpuOptions { isa: Some(isa), threads: Some(2), batch_invariant: invariant, pin: false };
+            let options = CpuOptions {
+                isa: Some(isa),
+                threads: Some(2),
+                batch_invariant: invariant,
+                pin: false,
+                first_core: 0,
+            };
             let mut b = CpuBackend::new(&options).unwrap();
             assert_eq!(b.batch_invariant(), invariant);
             let batch = run_linear(&mut b, LinearKind::Vocab, n, k, &x, &w);
