@@ -1,0 +1,2 @@
+//! The OpenAI-compatible HTTP server and its control endpoints.
+#![forbid(unsafe_code)]
