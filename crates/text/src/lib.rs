@@ -36,6 +36,7 @@
 
 mod chat;
 mod detokenizer;
+mod grammar;
 mod stop;
 mod tokenizer;
 
@@ -44,5 +45,9 @@ pub use chat::{
     UnixTime,
 };
 pub use detokenizer::{Detokenizer, Placement, SpecialTokens};
+pub use grammar::{
+    CompiledGrammar, Completeness, Grammar, GrammarCompiler, GrammarError, GrammarFault, GrammarMatcher,
+    MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_GRAMMAR_DEPTH,
+};
 pub use stop::{InvalidStop, StopMatcher, StopOutcome, StopStrings, StopText};
 pub use tokenizer::{GgufVocab, Tokenizer, TokenizerError};
