@@ -1,5 +1,6 @@
 //! The command line: every flag, with its help. What a flag means is decided in the library.
 
+use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -49,7 +50,7 @@ pub enum BenchCommand {
 impl Cli {
     /// Reads the process's arguments; usage mistakes end the process with code 2.
     pub fn from_args() -> Self {
-        let matches = Self::full_command().get_matches();
+        let matches = Self::full_command().get_matches_from(std::env::args_os().map(spell_out));
         Self::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
     }
 
@@ -59,6 +60,19 @@ impl Cli {
         Self::command()
             .after_long_help(variables.clone())
             .mut_subcommand("run", |run| run.after_long_help(format!("{RUN_EXAMPLES}\n\n{variables}")))
+    }
+}
+
+/// Flags of one dash and two letters, which other servers have and the parser would take for bundles.
+const TWO_LETTERS: &[(&str, &str)] = &[("-dp", "--data-parallel-size")];
+
+/// `-dp` and `-dp=2` in full; everything else as it is.
+fn spell_out(arg: OsString) -> OsString {
+    let Some(text) = arg.to_str() else { return arg };
+    let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+    match TWO_LETTERS.iter().find(|(short, _)| *short == name) {
+        Some((_, long)) => format!("{long}{value}").into(),
+        None => arg,
     }
 }
 
@@ -149,6 +163,9 @@ pub struct EngineFlags {
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Engines that share the weights and divide threads and KV cache; -dp for short
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub data_parallel_size: usize,
     /// Most tokens of prompt and answer [default: the model's limit]
     #[arg(long, value_name = "N")]
     pub max_model_len: Option<usize>,
@@ -196,6 +213,7 @@ impl EngineFlags {
         args.load_format = self.load_format;
         args.device = self.device;
         args.threads = self.threads;
+        args.data_parallel_size = self.data_parallel_size;
         args.max_model_len = self.max_model_len;
         args.max_num_seqs = self.max_num_seqs.unwrap_or(args.max_num_seqs);
         // A small token budget alone is no mistake: it bounds the number of sequences too.

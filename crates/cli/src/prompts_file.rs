@@ -63,7 +63,7 @@ fn parse(text: &str, line: usize, defaults: &SamplingParams) -> Result<PromptLin
     };
     params.extend(map);
     let params: SamplingParams = serde_json::from_value(Value::Object(params)).map_err(|e| e.to_string())?;
-    Ok(PromptLine { line, id: id.clone(), request: Request { id: Some(id), prompt, params } })
+    Ok(PromptLine { line, id: id.clone(), request: Request { id: Some(id), ..Request::new(prompt, params) } })
 }
 
 fn prompt(map: &mut Map<String, Value>) -> Result<Prompt, String> {

@@ -171,6 +171,9 @@ fn a_lying_safetensors_header_is_refused_by_name() {
 
 #[test]
 fn bad_prompts_and_parameters_are_refused_by_name() {
+    for dp in [&["-dp", "0"][..], &["-dp=0"], &["--data-parallel-size", "0"]] {
+        refused(&run_tiny(&[dp, &["x"]].concat()), "data_parallel_size: must be at least 1");
+    }
     refused(&run_tiny(&[""]), "prompt: must not be empty");
     refused(&run_tiny(&["--max-model-len", "16", &"x".repeat(16)]), "maximum context length is 16 tokens");
     refused(&run_tiny(&["x", "--temperature", "2.5"]), "temperature: ");

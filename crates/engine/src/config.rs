@@ -30,12 +30,16 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<u32>,
     /// Largest `logprobs` and `prompt_logprobs` of a request.
     pub max_logprobs: u32,
+    /// Threads that work out the masks of constrained rows, the engine's own included.
+    pub mask_threads: usize,
     /// Seeds of requests without one are drawn from this stream, in arrival order.
     pub seed: u64,
     /// Key of the prefix cache's block hash; random in a service (see the scheduler's `hash_key`).
     pub cache_key: [u64; 2],
     /// Step records kept for `step_stats`.
     pub step_records: usize,
+    /// Which of the data-parallel engines this is, from 0.
+    pub rank: usize,
 }
 
 impl Default for EngineConfig {
@@ -50,9 +54,11 @@ impl Default for EngineConfig {
             policy: Policy::Fcfs,
             eos_token_ids: Vec::new(),
             max_logprobs: 20,
+            mask_threads: 1,
             seed: 0,
             cache_key: [0, 0],
             step_records: 4096,
+            rank: 0,
         }
     }
 }

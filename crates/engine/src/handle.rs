@@ -142,6 +142,11 @@ impl EngineHandle {
         EngineStats { waiting: live.saturating_sub(stats.running), paused, ..stats }
     }
 
+    /// Live requests, running or not: what routing compares.
+    pub fn load(&self) -> usize {
+        self.shared.inbox().live.len()
+    }
+
     /// Records of the steps after number `since` that are still kept, oldest first.
     pub fn step_stats(&self, since: u64) -> Vec<StepRecord> {
         self.shared.steps().since(since)
@@ -228,6 +233,11 @@ impl RequestGuard {
     /// The request's id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// The data-parallel rank of the engine that has it.
+    pub fn rank(&self) -> usize {
+        self.shared.info.config.rank
     }
 
     /// Aborts the request now; its events still come, up to [`Event::Done`].

@@ -1,4 +1,5 @@
 use std::collections::VecDeque;
+use std::ops::Add;
 use std::time::Duration;
 
 use crate::request::FinishReason;
@@ -42,6 +43,31 @@ impl EngineStats {
     /// Share of the KV blocks in use. [0, 1]
     pub fn kv_usage(&self) -> f64 {
         self.kv_blocks_used as f64 / self.kv_blocks_total.max(1) as f64
+    }
+}
+
+/// Figures of two engines together; paused when either is.
+impl Add for EngineStats {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            running: self.running + other.running,
+            waiting: self.waiting + other.waiting,
+            kv_blocks_used: self.kv_blocks_used + other.kv_blocks_used,
+            kv_blocks_total: self.kv_blocks_total + other.kv_blocks_total,
+            prefix_queries: self.prefix_queries + other.prefix_queries,
+            prefix_hits: self.prefix_hits + other.prefix_hits,
+            preemptions: self.preemptions + other.preemptions,
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            generation_tokens: self.generation_tokens + other.generation_tokens,
+            finished_stop: self.finished_stop + other.finished_stop,
+            finished_length: self.finished_length + other.finished_length,
+            finished_abort: self.finished_abort + other.finished_abort,
+            failed: self.failed + other.failed,
+            steps: self.steps + other.steps,
+            paused: self.paused || other.paused,
+        }
     }
 }
 

@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 /// The model that is used when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m";
 
+/// Most engines of a fleet.
+const MAX_ENGINES: usize = 256;
+
 /// How an engine is set up. `Default` is a CPU engine with the default model.
 ///
 /// ```
@@ -31,21 +34,23 @@ pub struct EngineArgs {
     pub load_format: LoadFormat,
     /// What runs the model.
     pub device: Device,
-    /// Worker threads of the CPU backend; `None`: one per core.
+    /// Worker threads of the CPU backend, over all engines; `None`: one per core.
     pub threads: Option<NonZeroUsize>,
+    /// Engines on one copy of the weights, among which threads and KV cache are divided. [1, 256]
+    pub data_parallel_size: usize,
     /// Instruction-set path of the CPU backend; `None`: the fastest one present.
     pub cpu_isa: Option<String>,
     /// Most tokens of prompt and answer together; `None`: the model's own limit, less where the KV cache is smaller.
     pub max_model_len: Option<usize>,
-    /// Most requests in one step.
+    /// Most requests in one step of an engine.
     pub max_num_seqs: usize,
-    /// Most tokens in one step.
+    /// Most tokens in one step of an engine.
     pub max_num_batched_tokens: usize,
-    /// Most requests that wait; more are refused.
+    /// Most requests that wait in an engine; more are refused.
     pub max_num_queued_reqs: usize,
     /// Tokens of a KV block; `None`: the backend's choice.
     pub block_size: Option<usize>,
-    /// How much memory the KV cache gets.
+    /// How much memory the KV caches of all engines get.
     pub kv_cache_memory: KvCacheMemory,
     /// Keep the KV blocks of finished requests for prompts that start alike.
     pub enable_prefix_caching: bool,
@@ -73,6 +78,7 @@ impl EngineArgs {
             load_format: LoadFormat::Auto,
             device: Device::Auto,
             threads: None,
+            data_parallel_size: 1,
             cpu_isa: None,
             max_model_len: None,
             max_num_seqs: 64,
@@ -114,9 +120,14 @@ impl EngineArgs {
             ("max_num_queued_reqs", self.max_num_queued_reqs),
             ("max_model_len", self.max_model_len.unwrap_or(1)),
             ("block_size", self.block_size.unwrap_or(1)),
+            ("data_parallel_size", self.data_parallel_size),
         ];
         if let Some((param, _)) = positive.iter().find(|(_, v)| *v == 0) {
             return Err(Error::invalid(*param, "must be at least 1"));
+        }
+        if self.data_parallel_size > MAX_ENGINES {
+            let message = format!("{} is more than {MAX_ENGINES}", self.data_parallel_size);
+            return Err(Error::invalid("data_parallel_size", message));
         }
         if self.model.is_empty() {
             return Err(Error::invalid("model", "must not be empty"));
@@ -274,6 +285,8 @@ mod tests {
     fn validation_names_the_parameter() {
         let args = EngineArgs { max_num_seqs: 0, ..EngineArgs::default() };
         assert_eq!(args.validate().unwrap_err().to_string(), "max_num_seqs: must be at least 1");
+        let args = EngineArgs { data_parallel_size: 257, ..EngineArgs::default() };
+        assert_eq!(args.validate().unwrap_err().to_string(), "data_parallel_size: 257 is more than 256");
         let args = EngineArgs { max_num_batched_tokens: 8, ..EngineArgs::default() };
         assert!(args.validate().unwrap_err().to_string().starts_with("max_num_batched_tokens: 8 is less"));
         EngineArgs::default().validate().unwrap();

@@ -14,6 +14,7 @@ mod assemble;
 pub mod env;
 mod error;
 mod fetch;
+mod fleet;
 mod llm;
 mod load;
 mod output;
@@ -30,6 +31,7 @@ pub use bitfast_model::GenerationConfig;
 pub use bitfast_text::{ChatMessage, Tokenizer};
 pub use error::{Error, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
+pub use fleet::Fleet;
 pub use llm::LLM;
 pub use output::{
     CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, StopReason,

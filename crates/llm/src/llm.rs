@@ -10,12 +10,14 @@ use crate::args::EngineArgs;
 use crate::assemble::{Assembler, Setup, Step};
 use crate::error::{Error, Result};
 use crate::fetch::Progress;
+use crate::fleet::Fleet;
 use crate::load;
 use crate::output::RequestOutput;
 use crate::params::{Limits, SamplingParams};
 use crate::request::{Prompt, Request, Stream};
 
-/// A model that answers: an engine on its own thread, its tokenizer and its chat template.
+/// A model that answers: its engines (one, unless `data_parallel_size` says otherwise), its tokenizer and its chat
+/// template.
 ///
 /// ```
 /// use bitfast_llm::{EngineArgs, LLM, LoadFormat, SamplingParams};
@@ -33,7 +35,7 @@ use crate::request::{Prompt, Request, Stream};
 /// # Ok::<(), bitfast_llm::Error>(())
 /// ```
 pub struct LLM {
-    engine: EngineHandle,
+    fleet: Fleet,
     tokenizer: Option<Tokenizer>,
     chat_template: Option<ChatTemplate>,
     generation: GenerationConfig,
@@ -51,7 +53,7 @@ impl LLM {
     pub fn with_progress(args: EngineArgs, on_progress: &mut dyn FnMut(Progress)) -> Result<Self> {
         let parts = load::load(&args, on_progress)?;
         Ok(Self {
-            engine: parts.engine,
+            fleet: parts.fleet,
             tokenizer: parts.tokenizer,
             chat_template: parts.chat_template,
             generation: parts.generation,
@@ -134,7 +136,7 @@ impl LLM {
         // A send fails only after the stream was dropped, which aborts the request anyway.
         let sink = move |event| drop(sender.send(event));
         let (assembler, guard) = self.submit_with(request, Box::new(sink))?;
-        Ok(Stream { assembler, events, engine: self.engine.clone(), guard: Some(guard) })
+        Ok(Stream { assembler, events, fleet: self.fleet.clone(), guard: Some(guard) })
     }
 
     /// The door for servers: events go to `sink` on the engine's thread, the caller feeds them to the
@@ -145,8 +147,8 @@ impl LLM {
         sink: Box<dyn FnMut(Event) + Send>,
     ) -> Result<(Assembler, RequestGuard)> {
         let number = self.next_id.fetch_add(1, Ordering::Relaxed).to_string();
-        let Request { id, prompt, params } = request;
-        let info = self.engine.info();
+        let Request { id, prompt, params, data_parallel_rank } = request;
+        let info = self.fleet.info();
         let limits = Limits {
             defaults: &self.generation,
             tokenizer: self.tokenizer.as_ref(),
@@ -177,7 +179,7 @@ impl LLM {
             priority: params.priority,
             cache_salt: params.cache_salt,
         };
-        Ok((assembler, self.engine.submit_with(request, sink)?))
+        Ok((assembler, self.fleet.submit_with(request, data_parallel_rank, sink)?))
     }
 
     /// Runs requests, as many at a time as the engine takes, drawing from `requests` as it goes. `on_end` gets
@@ -187,9 +189,9 @@ impl LLM {
         requests: impl IntoIterator<Item = Request>,
         on_end: &mut dyn FnMut(usize, Result<RequestOutput>) -> ControlFlow<()>,
     ) {
-        let config = &self.engine.info().config;
-        // One batch running and one waiting keep the engine busy; more would only hold memory.
-        let window = config.max_num_seqs + config.max_num_seqs.min(config.max_queued);
+        let config = &self.fleet.info().config;
+        // One batch running and one waiting keep an engine busy; more would only hold memory.
+        let window = self.fleet.size() * (config.max_num_seqs + config.max_num_seqs.min(config.max_queued));
         let (sender, events) = mpsc::channel::<(usize, Event)>();
         let mut live: std::collections::BTreeMap<usize, (Assembler, RequestGuard)> = Default::default();
         let mut requests = requests.into_iter().enumerate();
@@ -201,7 +203,7 @@ impl LLM {
                 let sink = Box::new(move |event| drop(sender.send((index, event))));
                 match self.submit_with(request.clone(), sink) {
                     Ok(started) => drop(live.insert(index, started)),
-                    // Others use the engine too: wait for one of ours to end.
+                    // Others use the engines too: wait for one of ours to end.
                     Err(Error::QueueFull { .. }) if !live.is_empty() => {
                         held = Some((index, request));
                         break;
@@ -241,14 +243,19 @@ impl LLM {
         &self.model
     }
 
-    /// The settled configuration of the engine: limits, numerics class, device, fingerprint.
+    /// The settled configuration of an engine: limits, numerics class, device, fingerprint.
     pub fn info(&self) -> &EngineInfo {
-        self.engine.info()
+        self.fleet.info()
     }
 
-    /// The engine itself, for servers and tools.
+    /// The engines, for servers and tools.
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// The first engine: the only one, unless `data_parallel_size` says otherwise. See [`fleet`](Self::fleet).
     pub fn engine(&self) -> &EngineHandle {
-        &self.engine
+        &self.fleet.engines()[0]
     }
 
     /// The tokenizer, if there is one.
@@ -266,14 +273,14 @@ impl LLM {
         self.template().is_ok()
     }
 
-    /// Records of the steps after number `since`.
+    /// Records of the first engine's steps after number `since`; [`Fleet::step_stats`] has those of all.
     pub fn step_stats(&self, since: u64) -> Vec<StepRecord> {
-        self.engine.step_stats(since)
+        self.engine().step_stats(since)
     }
 
     /// Forgets every cached prefix.
     pub fn reset_prefix_cache(&self) {
-        self.engine.reset_prefix_cache();
+        self.fleet.reset_prefix_cache();
     }
 
     fn template(&self) -> Result<&ChatTemplate> {

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bitfast_engine::EngineHandle;
 use bitfast_model::{
     DummySource, GenerationConfig, Gguf, GgufSource, MetaValue, ModelConfig, SafetensorsSource, WeightSource,
 };
@@ -12,11 +11,12 @@ use bitfast_text::{ChatTemplate, GgufVocab, Tokenizer};
 use crate::args::{EngineArgs, LoadFormat};
 use crate::error::{Error, Result};
 use crate::fetch::{self, ModelFiles, OnProgress};
+use crate::fleet::Fleet;
 use crate::start;
 
 /// What an [`LLM`](crate::LLM) is made of.
 pub(crate) struct Parts {
-    pub engine: EngineHandle,
+    pub fleet: Fleet,
     pub tokenizer: Option<Tokenizer>,
     /// The one named by the caller; the tokenizer has the model's own.
     pub chat_template: Option<ChatTemplate>,
@@ -58,8 +58,8 @@ pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Par
         args.chat_template.as_deref().map(|path| template(path, tokenizer.as_ref())).transpose()?;
     let eos = end_tokens(&opened, tokenizer.as_ref());
     let generation = opened.generation.clone();
-    let engine = start::engine(args, isa, &opened, eos, on_progress)?;
-    Ok(Parts { engine, tokenizer, chat_template, generation })
+    let fleet = start::fleet(args, isa, &opened, eos, on_progress)?;
+    Ok(Parts { fleet, tokenizer, chat_template, generation })
 }
 
 /// Reads the config and finds the weights.

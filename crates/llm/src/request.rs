@@ -1,10 +1,11 @@
 use std::sync::mpsc;
 
-use bitfast_engine::{EngineHandle, Event, RequestGuard};
+use bitfast_engine::{Event, RequestGuard};
 use bitfast_text::ChatMessage;
 
 use crate::assemble::{Assembler, Chunk, Step};
 use crate::error::{Error, Result};
+use crate::fleet::Fleet;
 use crate::output::RequestOutput;
 use crate::params::SamplingParams;
 
@@ -52,12 +53,14 @@ pub struct Request {
     pub prompt: Prompt,
     /// How.
     pub params: SamplingParams,
+    /// The engine that is to answer, below `data_parallel_size`; `None`: the least loaded one.
+    pub data_parallel_rank: Option<usize>,
 }
 
 impl Request {
-    /// Without a name of its own.
+    /// Without a name of its own, on any engine.
     pub fn new(prompt: impl Into<Prompt>, params: SamplingParams) -> Self {
-        Self { id: None, prompt: prompt.into(), params }
+        Self { id: None, prompt: prompt.into(), params, data_parallel_rank: None }
     }
 }
 
@@ -66,7 +69,7 @@ impl Request {
 pub struct Stream {
     pub(crate) assembler: Assembler,
     pub(crate) events: mpsc::Receiver<Event>,
-    pub(crate) engine: EngineHandle,
+    pub(crate) fleet: Fleet,
     /// `None` after the last event.
     pub(crate) guard: Option<RequestGuard>,
 }
@@ -86,11 +89,11 @@ impl Stream {
 
     /// Something that aborts the request from anywhere, also while another thread waits for a chunk.
     pub fn aborter(&self) -> impl FnOnce() + Send + 'static {
-        let engine = self.engine.clone();
+        let fleet = self.fleet.clone();
         let id = self.guard.as_ref().map(|guard| guard.id().to_string());
         move || {
             if let Some(id) = id {
-                engine.abort(&id);
+                fleet.abort(&id);
             }
         }
     }

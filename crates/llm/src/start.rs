@@ -2,16 +2,18 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
-use bitfast_engine::{Engine, EngineConfig, EngineHandle, ModelRunner, Policy, SystemClock};
-use bitfast_model::LoadOptions;
+use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock};
+use bitfast_model::{LoadOptions, Loaded};
 use bitfast_ops::Backend;
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
 use crate::error::{Error, Result};
 use crate::fetch::{Activity, OnProgress, Progress};
+use crate::fleet::Fleet;
 use crate::load::Opened;
 
 /// Most memory that the KV cache takes unasked.
@@ -30,43 +32,52 @@ pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
     isa.map_err(|e| Error::invalid(crate::env::CPU_ISA.names[0], e.to_string()))
 }
 
-/// Loads the weights and starts the engine's thread.
-pub(crate) fn engine(
+/// Loads the weights once and starts the threads of `args.data_parallel_size` engines on them.
+pub(crate) fn fleet(
     args: &EngineArgs,
     isa: Isa,
     opened: &Opened,
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
-) -> Result<EngineHandle> {
+) -> Result<Fleet> {
     match args.device {
         Device::Auto | Device::Cpu => {
-            let options = CpuOptions {
-                threads: args.threads.map(NonZeroUsize::get),
-                isa: Some(isa),
-                batch_invariant: args.batch_invariant,
-                ..CpuOptions::default()
-            };
-            let backend = CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))?;
-            let threads = backend.threads();
-            on_backend(backend, threads, args, opened, eos, on_progress)
+            let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+            let threads = args.threads.map_or_else(cores, NonZeroUsize::get);
+            let backends = (0..args.data_parallel_size).map(|rank| {
+                let mine = share(threads, args.data_parallel_size, rank);
+                let options = CpuOptions {
+                    threads: Some(mine.len().max(1)),
+                    isa: Some(isa),
+                    batch_invariant: args.batch_invariant,
+                    first_core: mine.start,
+                    // More engines than threads: they take turns on the cores, as the system likes.
+                    pin: threads >= args.data_parallel_size,
+                };
+                CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))
+            });
+            on_backends(backends.collect::<Result<_>>()?, threads, args, opened, eos, on_progress)
         }
     }
 }
 
-fn on_backend<B: Backend>(
-    backend: B,
+/// Starts an engine on each of `backends`, which are of one device and share the weights there.
+fn on_backends<B: Backend>(
+    backends: Vec<B>,
     threads: usize,
     args: &EngineArgs,
     opened: &Opened,
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
-) -> Result<EngineHandle> {
-    let block_size = block_size(args, backend.block_sizes())?;
-    let layout = bitfast_model::kv_layout(&opened.config, backend.rank().1, block_size);
+) -> Result<Fleet> {
+    let (first, engines) = (&backends[0], backends.len());
+    let block_size = block_size(args, first.block_sizes())?;
+    let layout = bitfast_model::kv_layout(&opened.config, first.rank().1, block_size);
     let weights = 2 * opened.config.num_parameters() as u64;
-    let free = backend.free_bytes().saturating_sub(weights);
-    let block_bytes = backend.kv_block_bytes(&layout).max(1);
-    let size = kv_size(args, opened.config.max_position_embeddings, block_size, block_bytes, free)?;
+    let free = first.free_bytes().saturating_sub(weights);
+    let block_bytes = first.kv_block_bytes(&layout).max(1);
+    let model_limit = opened.config.max_position_embeddings;
+    let size = kv_size(args, engines, model_limit, block_size, block_bytes, free)?;
     let max_num_batched_tokens = if args.enable_chunked_prefill {
         args.max_num_batched_tokens
     } else {
@@ -81,15 +92,13 @@ fn on_backend<B: Backend>(
     };
     on_progress(Progress::Start { activity: Activity::Load, what: args.model.clone(), total: Some(weights) });
     let mut on_tensor = |done: bitfast_model::Progress| on_progress(Progress::Bytes(done.bytes));
-    let loaded = bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut on_tensor);
+    let loaded = bitfast_model::load(first, &opened.config, &*opened.weights, &options, &mut on_tensor);
     on_progress(Progress::Done);
     let loaded = loaded.map_err(|e| match e {
         bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
         bitfast_model::LoadError::Option { option, .. } => Error::invalid(option, e.to_string()),
         e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
     })?;
-    let runner = ModelRunner::new(backend, loaded, block_size, size.num_blocks)
-        .map_err(|e| Error::Device(e.to_string()))?;
     let config = EngineConfig {
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens,
@@ -104,12 +113,29 @@ fn on_backend<B: Backend>(
         eos_token_ids: eos,
         max_logprobs: args.max_logprobs,
         seed: args.seed.unwrap_or_else(|| random(0)),
-        cache_key: [random(1), random(2)],
         step_records: STEP_RECORDS,
+        ..EngineConfig::default()
     };
-    let engine = Engine::new(runner, config, Arc::new(SystemClock::new()))
-        .map_err(|e| Error::invalid("engine limits", e.to_string()))?;
-    engine.spawn().map_err(|e| Error::Engine(e.to_string()))
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let shared = loaded.model.weights();
+    let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
+    let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
+        let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
+        let runner = ModelRunner::new(backend, Loaded { model, ..loaded }, block_size, size.num_blocks)
+            .map_err(|e| device(&e))?;
+        // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
+        let seed = config.seed.wrapping_add(rank as u64);
+        let config = EngineConfig { rank, seed, cache_key: [random(1), random(2)], ..config.clone() };
+        let engine = Engine::new(runner, config, Arc::clone(&clock))
+            .map_err(|e| Error::invalid("engine limits", e.to_string()))?;
+        engine.spawn().map_err(|e| Error::Engine(e.to_string()))
+    });
+    Ok(Fleet::new(handles.collect::<Result<_>>()?))
+}
+
+/// Part `index` of `0..total` cut into `parts` near-equal ranges.
+fn share(total: usize, parts: usize, index: usize) -> Range<usize> {
+    total * index / parts..total * (index + 1) / parts
 }
 
 fn block_size(args: &EngineArgs, offered: &[usize]) -> Result<usize> {
@@ -126,9 +152,11 @@ struct KvSize {
     max_model_len: usize,
 }
 
-/// Blocks of the cache, and the longest sequence that the model and the cache allow.
+/// Blocks of one engine's cache, and the longest sequence that the model and the cache allow. `free_bytes` are for
+/// all `engines`, as are the sizes in `args`.
 fn kv_size(
     args: &EngineArgs,
+    engines: usize,
     model_limit: usize,
     block_size: usize,
     block_bytes: u64,
@@ -140,16 +168,21 @@ fn kv_size(
         return Err(Error::invalid("max_model_len", message));
     }
     let blocks_in = |bytes: u64| usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX);
+    let each = |bytes: u64| blocks_in(bytes / engines as u64);
     let num_blocks = match args.kv_cache_memory {
         KvCacheMemory::Auto => {
-            (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(blocks_in(AUTO_KV_BYTES.min(free_bytes / 2)))
+            (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(each(AUTO_KV_BYTES.min(free_bytes / 2)))
         }
-        KvCacheMemory::Bytes(bytes) => blocks_in(bytes),
-        KvCacheMemory::Tokens(tokens) => tokens.div_ceil(block_size),
+        KvCacheMemory::Bytes(bytes) => each(bytes),
+        KvCacheMemory::Tokens(tokens) => tokens.div_ceil(engines).div_ceil(block_size),
     };
     let too_small = |message: String| Err(Error::invalid("kv_cache_memory", message));
     if num_blocks == 0 {
-        return too_small(format!("a block of {block_size} tokens needs {block_bytes} bytes"));
+        let blocks = if engines == 1 { "a block" } else { "a block in each engine" };
+        return too_small(format!(
+            "{blocks} of {block_size} tokens needs {} bytes",
+            block_bytes * engines as u64
+        ));
     }
     let tokens = num_blocks.saturating_mul(block_size);
     if args.max_model_len.is_some() && tokens < wanted {
@@ -173,7 +206,7 @@ mod tests {
     use super::*;
 
     fn size(args: &EngineArgs, free: u64) -> Result<KvSize> {
-        kv_size(args, 8192, 32, 1 << 20, free)
+        kv_size(args, 1, 8192, 32, 1 << 20, free)
     }
 
     #[test]
@@ -184,6 +217,11 @@ mod tests {
         assert_eq!(size(&auto, 64 << 20).unwrap(), KvSize { num_blocks: 32, max_model_len: 1024 });
         let tokens = EngineArgs { kv_cache_memory: KvCacheMemory::Tokens(100), ..EngineArgs::default() };
         assert_eq!(size(&tokens, 0).unwrap(), KvSize { num_blocks: 4, max_model_len: 128 });
+        // Divided among three engines.
+        let of_three = |args| kv_size(&args, 3, 8192, 32, 1 << 20, 0).unwrap().num_blocks;
+        assert_eq!(of_three(tokens), 2);
+        let bytes = KvCacheMemory::Bytes(10 << 20);
+        assert_eq!(of_three(EngineArgs { kv_cache_memory: bytes, ..EngineArgs::default() }), 3);
     }
 
     #[test]
