@@ -22,9 +22,9 @@
 static_assert(D % 64 == 0 && DIMS % 16 == 0, "rows of the swizzle are 64 elements");
 static_assert(!HALF || ROW_WARPS == 1, "HALF is for one row tile");
 
-// Rows of a sequence in this step: its first row in the batch, their number, tokens in the cache before them.
+// Rows of a sequence in this step: its first row in the batch, their number, tokens in the cache before them, where its block table starts.
 struct Seq {
-    u32 first_row, rows, context, unused;
+    u32 first_row, rows, context, table;
 };
 // A piece of work: first row (token-major, head of the group) and where its partial results go, in splits.
 struct Item {
@@ -69,7 +69,7 @@ __device__ __forceinline__ float finish(float o, float inverse) { return __fadd_
 
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
-              const Item* __restrict__ items, const u32* __restrict__ tables, int table_pitch, float scale_log2, float* partials, u32* arrived) {
+              const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 ring = smem_addr(smem), full = ring + SLOTS * TILE_BYTES, empty = full + 8 * SLOTS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     __syncthreads();
 
     if (warp == WARPS) {
-        const u32* table = tables + (u64)item.seq * table_pitch;
+        const u32* table = tables + seq.table;
         u32 blocks = 0;
         bool waited = false;
         for (int i = 0; i < 2 * (last_tile - first_tile); i++) {

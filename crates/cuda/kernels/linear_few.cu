@@ -91,6 +91,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
             // Fragments of the next block are on their way while this one is multiplied; its slot is refilled at once.
             auto turn = [&](int b, const Fragments& now, Fragments& next) {
                 if (b + 1 < LEAF_BLOCKS) fetch(i + 1, next);
+                // Orders this warp's loads of the slot before the copy that refills it (LOG.md, "a slot handed back too early").
+                async_proxy_fence();
                 __syncwarp();
                 if (lane == 0 && i + STAGES < total) request(i + STAGES);
                 multiply(now);

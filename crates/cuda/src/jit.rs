@@ -3,9 +3,12 @@
 //! Always a cubin, never PTX: the driver would compile PTX anew, and bits could move with its version. The cache key
 //! is a hash of everything that the bytes depend on: source, flags, architecture, NVRTC version.
 
+use std::collections::HashMap;
 use std::ffi::{CString, c_char};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use libloading::Library;
 
@@ -64,6 +67,8 @@ pub struct Jit {
     nvrtc: NvrtcApi,
     version: (i32, i32),
     cache: Option<PathBuf>,
+    /// Compiled ahead of use; never iterated.
+    ready: Mutex<HashMap<KernelSource, Vec<u8>>>,
 }
 
 impl Jit {
@@ -77,7 +82,7 @@ impl Jit {
         let mut version = (0, 0);
         // SAFETY: writes two ints.
         unsafe { (nvrtc.version)(&raw mut version.0, &raw mut version.1) };
-        Ok(Self { nvrtc, version, cache })
+        Ok(Self { nvrtc, version, cache, ready: Mutex::default() })
     }
 
     /// NVRTC's (major, minor).
@@ -85,11 +90,38 @@ impl Jit {
         self.version
     }
 
-    /// The cubin of `source`, from the cache or compiled now.
+    /// Compiles `sources` (or finds them in the cache) on `threads` threads, so that [`cubin`](Self::cubin) has them at hand.
+    ///
+    /// # Errors
+    /// One that [`cubin`](Self::cubin) would give.
+    pub fn prepare(&self, sources: &[KernelSource], threads: usize) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let cubin = self.find(source)?;
+                self.ready.lock().unwrap_or_else(PoisonError::into_inner).insert(source.clone(), cubin);
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let helpers: Vec<_> =
+                (1..threads.clamp(1, sources.len().max(1))).map(|_| scope.spawn(work)).collect();
+            let mine = work();
+            let theirs = helpers.into_iter().map(|h| h.join().expect("the compiler does not panic"));
+            theirs.fold(mine, Result::and)
+        })
+    }
+
+    /// The cubin of `source`: prepared, from the cache or compiled now.
     ///
     /// # Errors
     /// A compile error (a bug) or a cache folder that cannot be written.
     pub fn cubin(&self, source: &KernelSource) -> Result<Vec<u8>> {
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).remove(source);
+        ready.map_or_else(|| self.find(source), Ok)
+    }
+
+    fn find(&self, source: &KernelSource) -> Result<Vec<u8>> {
         let program = source.program();
         let Some(dir) = &self.cache else { return Ok(self.compile(source, &program, &[])?.0) };
         let path = dir.join(format!("{}-{}.cubin", source.name, self.key(&program)));

@@ -8,11 +8,14 @@
 //! choose: every variant of a kernel computes the same bits.
 
 pub mod attention;
+mod backend;
 pub mod catalogue;
 pub mod driver;
 mod error;
 pub mod jit;
 pub mod linear;
 pub mod rows;
+pub mod sampler;
 
+pub use backend::{CudaBackend, CudaOptions, Kv, Param, Tensor, Weight};
 pub use error::{CudaError, Result};

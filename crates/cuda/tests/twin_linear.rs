@@ -212,3 +212,40 @@ fn another_order_differs() {
         assert!(differing > 512, "{other:?}: {differing} of 2048 outputs differ");
     }
 }
+
+/// A moving error is a race: many launches of kernels with small rings, whose slots are refilled at once, give the same bits.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn repeated_launches_are_equal() {
+    const LAUNCHES: usize = 400;
+    let gpu = gpu();
+    for (kind, n, k) in [
+        (LinearKind::Row, 2048, 6144),
+        (LinearKind::Row, 576, 1536),
+        (LinearKind::Column, 4096, 2048),
+        (LinearKind::Vocab, 8200, 576),
+    ] {
+        let spec = LinearSpec::new(kind, n, k);
+        for rows in [1, 8, 16] {
+            let x = gpu.upload_rows(&activations(rows, k, 5), rows, k);
+            let w = gpu.upload(&bytes(&weights(n, k, 6)));
+            let expected = gpu.run(spec, Variant::Reference, &x, &w, rows);
+            let eights = rows.div_ceil(8);
+            let few = |tiles, stages| Variant::Few(Few { tiles, token_eights: eights, stages });
+            let narrow = Variant::Narrow(Narrow { tokens: 16, groups: 1, stages: 2, ksplit: 1, min_ctas: 1 });
+            let variants = [few(1, 2), few(1, 3), few(2, 4), few(3, 2), narrow, plan(&spec, rows, 132)];
+            for variant in variants.into_iter().filter(|v| v.fits(&spec)) {
+                let linear = Linear::new(&gpu.device, &gpu.jit, spec, variant).expect("a kernel");
+                let y = gpu.poisoned(expected.len());
+                let call = linear.call(&x, &w, 0, &y, rows, Overlap::None).expect("a plan");
+                let mut differing = 0;
+                for _ in 0..LAUNCHES {
+                    y.fill(&gpu.stream, 0xFF).expect("poison");
+                    call.launch(&gpu.stream).expect("launch");
+                    differing += usize::from(gpu.read(&y) != expected);
+                }
+                assert_eq!(differing, 0, "{variant:?} of {spec:?} at {rows} rows: launches that differ");
+            }
+        }
+    }
+}

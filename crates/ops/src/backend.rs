@@ -282,6 +282,13 @@ pub trait Backend: Send + 'static {
     /// Bytes that may still be given to the KV cache, from the device's free memory.
     fn free_bytes(&self) -> u64;
 
+    /// Makes ready whatever steps will need (kernels to be compiled), once, when everything is loaded. `body` runs the model's
+    /// ops; a backend that calls it lets them compute nothing.
+    fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        let _ = body;
+        Ok(())
+    }
+
     // ---- a step ----
 
     /// Makes `batch` the current batch of the following ops.

@@ -16,6 +16,8 @@ mod work;
 pub use cache::{BLOCK_TOKENS, Cached, block_bytes, element_offset};
 pub use work::{AttentionBatch, Work};
 
+pub(crate) use work::{Extent, Items, Sequences};
+
 /// Shared memory that a block may use on sm_90, bytes.
 const SMEM_LIMIT: usize = 232_448;
 
@@ -78,6 +80,12 @@ impl Tiling {
         Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share }
     }
 
+    /// As [`decode`](Self::decode), with all splits of a row in one block: no partial results, for steps that would have too many.
+    pub fn decode_whole(spec: &AttentionSpec) -> Self {
+        let slots = (96_000 / (128 * spec.head_dim)).clamp(2, 16);
+        Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share: Share::Whole }
+    }
+
     /// For many rows a sequence (prefill).
     pub fn prefill(spec: &AttentionSpec) -> Self {
         // Larger heads: more warps over the output, so that a warp's sums stay in registers.
@@ -130,7 +138,7 @@ impl Tiling {
     }
 
     /// Bytes of one split's partial results over all key/value heads.
-    fn partial_bytes(&self, spec: &AttentionSpec) -> usize {
+    pub(crate) fn partial_bytes(&self, spec: &AttentionSpec) -> usize {
         spec.kv_heads * self.rows() * (spec.head_dim + 2) * 4
     }
 }
@@ -173,18 +181,23 @@ impl Attention {
         kv: &Buffer,
         out: &Buffer,
     ) -> Result<()> {
-        assert_eq!(batch.plan(), (self.spec, self.tiling), "items of another plan");
+        let extent = &batch.extent;
+        assert_eq!((extent.spec, extent.tiling), (self.spec, self.tiling), "items of another plan");
         let row = self.spec.heads * self.spec.head_dim * 2;
-        assert!(q.len() >= batch.tokens() * row, "q holds {} bytes, {} rows", q.len(), batch.tokens());
-        assert!(out.len() >= batch.tokens() * row, "out holds {} bytes, {} rows", out.len(), batch.tokens());
+        assert!(q.len() >= extent.tokens * row, "q holds {} bytes, {} rows", q.len(), extent.tokens);
+        assert!(out.len() >= extent.tokens * row, "out holds {} bytes, {} rows", out.len(), extent.tokens);
         let blocks = kv.len() / block_bytes(&self.spec);
-        assert!(batch.blocks() <= blocks, "block {} of {blocks}", batch.blocks());
-        if batch.items() == 0 {
+        assert!(extent.blocks <= blocks, "block {} of {blocks}", extent.blocks);
+        let partials = batch.partials.len();
+        assert!(extent.partial_bytes() <= partials, "{} bytes of {partials}", extent.partial_bytes());
+        let arrived = batch.arrived.len();
+        assert!(extent.arrived_bytes() <= arrived, "{} bytes of {arrived}", extent.arrived_bytes());
+        if extent.items == 0 {
             return Ok(());
         }
-        let splits = if self.tiling.share == Share::Whole { 1 } else { batch.max_splits() };
+        let splits = if self.tiling.share == Share::Whole { 1 } else { extent.max_splits };
         let launch = Launch {
-            grid: [splits as u32, self.spec.kv_heads as u32, batch.items() as u32],
+            grid: [splits as u32, self.spec.kv_heads as u32, extent.items as u32],
             threads: self.tiling.threads() as u32,
             overlap,
         };
@@ -196,7 +209,6 @@ impl Attention {
             Arg::Ptr(seqs),
             Arg::Ptr(items),
             Arg::Ptr(tables),
-            Arg::I32(batch.table_pitch() as i32),
             Arg::F32(scale_log2),
             Arg::Ptr(partials),
             Arg::Ptr(arrived),

@@ -5,37 +5,87 @@ use super::{AttentionSpec, BLOCK_TOKENS, Share, Tiling};
 use crate::Result;
 use crate::driver::{Buffer, Device, Stream};
 
-/// The items of work of some sequences of a batch: what each block row of a launch does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Work {
-    spec: AttentionSpec,
-    tiling: Tiling,
-    /// Per sequence of the batch: first row, rows, tokens in the cache before them, 0.
-    seqs: Vec<[u32; 4]>,
-    /// Sequence, first (token, head) row, first split of its partial results, 0.
-    items: Vec<[u32; 4]>,
-    tables: Vec<u32>,
-    table_pitch: usize,
-    tokens: usize,
-    blocks: usize,
-    max_splits: usize,
-    /// Splits of all items.
-    partials: usize,
+/// The sequences of a step as attention kernels read them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sequences {
+    /// Of each: first row, rows, tokens in the cache before them, start of its block table.
+    pub words: Vec<u32>,
+    /// Block tables, one behind the other.
+    pub tables: Vec<u32>,
+    /// Rows of all.
+    pub tokens: usize,
+    /// One more than the largest block.
+    pub blocks: usize,
 }
 
-impl Work {
-    pub(super) fn new(spec: &AttentionSpec, tiling: &Tiling, seqs: &[SeqInput], chosen: &[usize]) -> Self {
-        let table_pitch = seqs.iter().map(|s| s.block_table.len()).max().unwrap_or(0).max(1);
-        let mut tables = vec![0; table_pitch * seqs.len()];
-        for (row, seq) in tables.chunks_mut(table_pitch).zip(seqs) {
+impl Sequences {
+    pub fn new(seqs: &[SeqInput]) -> Self {
+        let mut all = Self::default();
+        for seq in seqs {
             let needed = (seq.context_len + seq.num_rows) as usize;
             assert!(
                 seq.block_table.len() * BLOCK_TOKENS >= needed,
                 "{} blocks for {needed} tokens",
                 seq.block_table.len()
             );
-            row[..seq.block_table.len()].copy_from_slice(&seq.block_table);
+            // Blocks behind the last token are nobody's business here.
+            let table = &seq.block_table[..needed.div_ceil(BLOCK_TOKENS)];
+            let start = all.tables.len() as u32;
+            all.words.extend([seq.first_row, seq.num_rows, seq.context_len, start]);
+            all.tables.extend_from_slice(table);
+            all.tokens = all.tokens.max((seq.first_row + seq.num_rows) as usize);
+            all.blocks = table.iter().fold(all.blocks, |most, b| most.max(*b as usize + 1));
         }
+        all
+    }
+}
+
+/// What a launch must know of its items on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub spec: AttentionSpec,
+    pub tiling: Tiling,
+    /// Items of work.
+    pub items: usize,
+    /// Splits of the item that has most: blocks in a grid's row.
+    pub max_splits: usize,
+    /// Splits of all items: room for partial results.
+    pub partials: usize,
+    /// Rows of the whole batch.
+    pub tokens: usize,
+    /// One more than the largest block of the cache that is read.
+    pub blocks: usize,
+}
+
+impl Extent {
+    /// Bytes of partial results.
+    pub fn partial_bytes(&self) -> usize {
+        self.partials * self.tiling.partial_bytes(&self.spec)
+    }
+
+    /// Bytes of arrival counts.
+    pub fn arrived_bytes(&self) -> usize {
+        self.items * self.spec.kv_heads * 4
+    }
+}
+
+/// The items of work of some sequences of a batch: what each block row of a launch does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Items {
+    /// Of each: sequence, first (token, head) row, first split of its partial results, 0.
+    pub words: Vec<u32>,
+    pub extent: Extent,
+}
+
+impl Items {
+    /// The items of the sequences `chosen`.
+    pub fn new(
+        spec: &AttentionSpec,
+        tiling: &Tiling,
+        seqs: &[SeqInput],
+        sequences: &Sequences,
+        chosen: &[usize],
+    ) -> Self {
         let (mut items, mut partials, mut max_splits) = (Vec::new(), 0, 0);
         for &s in chosen {
             let seq = &seqs[s];
@@ -54,30 +104,50 @@ impl Work {
             items.reverse();
             partials = 0;
         }
-        Self {
+        let extent = Extent {
             spec: *spec,
             tiling: *tiling,
-            seqs: seqs.iter().map(|s| [s.first_row, s.num_rows, s.context_len, 0]).collect(),
-            items,
-            tables,
-            table_pitch,
-            tokens: seqs.iter().map(|s| (s.first_row + s.num_rows) as usize).max().unwrap_or(0),
-            blocks: seqs.iter().flat_map(|s| &s.block_table).max().map_or(0, |b| *b as usize + 1),
+            items: items.len(),
             max_splits,
             partials,
-        }
+            tokens: sequences.tokens,
+            blocks: sequences.blocks,
+        };
+        Self { words: items.concat(), extent }
+    }
+
+    /// Adds items of sequence `empty`, which has no rows, up to `count`: padding of a captured batch.
+    pub fn pad(&mut self, empty: usize, count: usize) {
+        let missing = count.saturating_sub(self.extent.items);
+        self.words.extend([empty as u32, 0, 0, 0].repeat(missing));
+        self.extent.items += missing;
+    }
+}
+
+/// Some sequences' attention: the whole batch's sequences and the items of those chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Work {
+    sequences: Sequences,
+    items: Items,
+}
+
+impl Work {
+    pub(super) fn new(spec: &AttentionSpec, tiling: &Tiling, seqs: &[SeqInput], chosen: &[usize]) -> Self {
+        let sequences = Sequences::new(seqs);
+        let items = Items::new(spec, tiling, seqs, &sequences, chosen);
+        Self { sequences, items }
     }
 }
 
 /// [`Work`] in device memory, with room for partial results.
 pub struct AttentionBatch {
-    work: Work,
-    seqs: Buffer,
-    items: Buffer,
-    tables: Buffer,
-    partials: Buffer,
+    pub(crate) extent: Extent,
+    pub(crate) seqs: Buffer,
+    pub(crate) items: Buffer,
+    pub(crate) tables: Buffer,
+    pub(crate) partials: Buffer,
     /// Blocks of each (item, key/value head) that are done; zero between launches.
-    arrived: Buffer,
+    pub(crate) arrived: Buffer,
 }
 
 impl AttentionBatch {
@@ -86,49 +156,38 @@ impl AttentionBatch {
     /// # Errors
     /// The driver's.
     pub fn new(device: &Device, stream: &Stream, work: Work) -> Result<Self> {
-        let upload = |words: Vec<u32>| -> Result<Buffer> {
+        let upload = |words: &[u32]| -> Result<Buffer> {
             let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
             let buffer = device.alloc(bytes.len())?;
             buffer.write(stream, 0, &bytes)?;
             Ok(buffer)
         };
-        let arrived = device.alloc(work.items.len() * work.spec.kv_heads * 4)?;
+        let extent = work.items.extent;
+        let arrived = device.alloc(extent.arrived_bytes())?;
         arrived.fill(stream, 0)?;
         Ok(Self {
-            seqs: upload(work.seqs.concat())?,
-            items: upload(work.items.concat())?,
-            tables: upload(work.tables.clone())?,
-            partials: device.alloc(work.partials * work.tiling.partial_bytes(&work.spec))?,
+            extent,
+            seqs: upload(&work.sequences.words)?,
+            items: upload(&work.items.words)?,
+            tables: upload(&work.sequences.tables)?,
+            partials: device.alloc(extent.partial_bytes())?,
             arrived,
-            work,
         })
     }
 
     /// Rows of the whole batch.
     pub fn tokens(&self) -> usize {
-        self.work.tokens
+        self.extent.tokens
     }
 
     /// Items of work.
     pub fn items(&self) -> usize {
-        self.work.items.len()
+        self.extent.items
     }
 
     /// Whose items these are.
-    pub(super) fn plan(&self) -> (AttentionSpec, Tiling) {
-        (self.work.spec, self.work.tiling)
-    }
-
-    pub(super) fn blocks(&self) -> usize {
-        self.work.blocks
-    }
-
-    pub(super) fn max_splits(&self) -> usize {
-        self.work.max_splits
-    }
-
-    pub(super) fn table_pitch(&self) -> usize {
-        self.work.table_pitch
+    pub fn tiling(&self) -> Tiling {
+        self.extent.tiling
     }
 
     /// Sequences, items, block tables, partial results, arrival counts.
@@ -153,17 +212,38 @@ mod tests {
         for tiling in [Tiling::decode(&spec), Tiling::prefill(&spec)] {
             let work = Work::new(&spec, &tiling, &seqs, &[0, 1, 2]);
             for (s, seq) in seqs.iter().enumerate() {
+                let items = work.items.words.chunks(4);
                 let mut first: Vec<usize> =
-                    work.items.iter().filter(|i| i[0] == s as u32).map(|i| i[1] as usize).collect();
+                    items.filter(|i| i[0] == s as u32).map(|i| i[1] as usize).collect();
                 first.sort_unstable();
                 let rows = seq.num_rows as usize * 3;
                 assert_eq!(first, (0..rows).step_by(tiling.rows()).collect::<Vec<_>>());
             }
-            assert_eq!((work.tokens, work.blocks), (52, 10));
+            assert_eq!((work.items.extent.tokens, work.items.extent.blocks), (52, 10));
         }
         // 601 keys: 2 splits; 19 items of up to 8 rows, of which those up to key 512 have one; 1.
         let work = Work::new(&spec, &Tiling::decode(&spec), &seqs, &[0, 1, 2]);
         let crossing = (0..150).step_by(8).filter(|first| 500 + (first + 7).min(149) / 3 + 1 > 512).count();
-        assert_eq!((work.max_splits, work.partials), (2, 2 + 19 + crossing + 1));
+        let extent = work.items.extent;
+        assert_eq!((extent.max_splits, extent.partials), (2, 2 + 19 + crossing + 1));
+    }
+
+    #[test]
+    fn block_tables_lie_one_behind_the_other_without_spare_blocks() {
+        let long = SeqInput { block_table: vec![7, 3, 900], ..seq(1, 1, 64) };
+        let sequences = Sequences::new(&[seq(0, 1, 0), long]);
+        assert_eq!(sequences.tables, [0, 7, 3]);
+        assert_eq!(sequences.words, [0, 1, 0, 0, 1, 1, 64, 1]);
+        assert_eq!((sequences.tokens, sequences.blocks), (2, 8));
+    }
+
+    #[test]
+    fn padding_adds_items_of_nobody() {
+        let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 64 };
+        let seqs = [seq(0, 1, 5)];
+        let mut items = Items::new(&spec, &Tiling::decode(&spec), &seqs, &Sequences::new(&seqs), &[0]);
+        items.pad(1, 3);
+        assert_eq!(items.words, [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!((items.extent.items, items.extent.partials), (3, 1));
     }
 }

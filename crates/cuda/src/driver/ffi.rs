@@ -93,6 +93,8 @@ api! {
         mem_info = "cuMemGetInfo_v2"(*mut usize, *mut usize);
         mem_alloc = "cuMemAlloc_v2"(*mut DevicePtr, usize);
         mem_free = "cuMemFree_v2"(DevicePtr);
+        host_alloc = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
+        host_free = "cuMemFreeHost"(*mut c_void);
         memset_d8 = "cuMemsetD8Async"(DevicePtr, u8, usize, Handle);
         copy_to_device = "cuMemcpyHtoDAsync_v2"(DevicePtr, *const c_void, usize, Handle);
         copy_to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, DevicePtr, usize, Handle);

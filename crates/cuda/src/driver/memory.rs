@@ -1,14 +1,20 @@
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 use super::ffi::{DevicePtr, RawTensorMap};
 use super::{Device, Stream};
 use crate::Result;
 
-/// Device memory, freed on drop.
+/// Device memory, or a part of it; freed with the last part that is dropped.
 pub struct Buffer {
-    device: Device,
+    allocation: Arc<Allocation>,
     ptr: DevicePtr,
     bytes: usize,
+}
+
+struct Allocation {
+    device: Device,
+    ptr: DevicePtr,
 }
 
 impl Device {
@@ -20,7 +26,71 @@ impl Device {
         let mut ptr = 0;
         // SAFETY: writes one address.
         self.check("cuMemAlloc", unsafe { (self.api().mem_alloc)(&raw mut ptr, bytes.max(1)) })?;
-        Ok(Buffer { device: self.clone(), ptr, bytes })
+        Ok(Buffer { allocation: Arc::new(Allocation { device: self.clone(), ptr }), ptr, bytes })
+    }
+
+    /// Host memory that copies to the device run from without waiting, zeroed.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn pinned(&self, words: usize) -> Result<Pinned> {
+        let mut ptr: *mut c_void = std::ptr::null_mut();
+        let bytes = words.max(1) * 4;
+        // SAFETY: writes one address.
+        self.check("cuMemAllocHost", unsafe { (self.api().host_alloc)(&raw mut ptr, bytes) })?;
+        // SAFETY: the allocation has that many bytes.
+        unsafe { ptr.cast::<u8>().write_bytes(0, bytes) };
+        Ok(Pinned { device: self.clone(), ptr: ptr.cast(), words })
+    }
+}
+
+/// Page-locked host memory.
+pub struct Pinned {
+    device: Device,
+    ptr: *mut u32,
+    words: usize,
+}
+
+// SAFETY: owned memory, reached through `&self` and `&mut self` only.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// The words.
+    pub fn words_mut(&mut self) -> &mut [u32] {
+        // SAFETY: allocated with that many words, all initialised; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.words) }
+    }
+
+    /// Number of words.
+    pub fn len(&self) -> usize {
+        self.words
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.words == 0
+    }
+
+    /// Queues a copy of the first `words` words to the start of `to`.
+    ///
+    /// # Safety
+    /// The words must not change before the stream has passed the copy.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn copy_to(&self, stream: &Stream, words: usize, to: &Buffer) -> Result<()> {
+        assert!(words <= self.words && words * 4 <= to.bytes, "{words} words of {}", self.words);
+        // SAFETY: both ranges were just checked; the rest is the caller's promise.
+        self.device.check("cuMemcpyHtoDAsync", unsafe {
+            (self.device.api().copy_to_device)(to.ptr, self.ptr.cast(), words * 4, stream.handle())
+        })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Device::pinned`.
+        unsafe { (self.device.api().host_free)(self.ptr.cast()) };
     }
 }
 
@@ -40,15 +110,26 @@ impl Buffer {
         self.bytes == 0
     }
 
+    /// `bytes` bytes from `offset` on, of the same memory.
+    pub fn part(&self, offset: usize, bytes: usize) -> Buffer {
+        let fits = offset.checked_add(bytes).is_some_and(|end| end <= self.bytes);
+        assert!(fits, "{bytes} bytes at {offset} of {}", self.bytes);
+        Buffer { allocation: Arc::clone(&self.allocation), ptr: self.ptr + offset as u64, bytes }
+    }
+
     /// Sets every byte.
     ///
     /// # Errors
     /// The driver's.
     pub fn fill(&self, stream: &Stream, byte: u8) -> Result<()> {
         // SAFETY: the range is this allocation's.
-        self.device.check("cuMemsetD8Async", unsafe {
-            (self.device.api().memset_d8)(self.ptr, byte, self.bytes, stream.handle())
+        self.device().check("cuMemsetD8Async", unsafe {
+            (self.device().api().memset_d8)(self.ptr, byte, self.bytes, stream.handle())
         })
+    }
+
+    fn device(&self) -> &Device {
+        &self.allocation.device
     }
 
     /// Copies `data` to byte `offset` and waits for it.
@@ -59,9 +140,9 @@ impl Buffer {
         let fits = offset.checked_add(data.len()).is_some_and(|end| end <= self.bytes);
         assert!(fits, "write of {} bytes at {offset} into {}", data.len(), self.bytes);
         // SAFETY: both ranges were just checked, and the copy has ended when the host slice's borrow does.
-        self.device.check("cuMemcpyHtoDAsync", unsafe {
+        self.device().check("cuMemcpyHtoDAsync", unsafe {
             let to = self.ptr + offset as u64;
-            (self.device.api().copy_to_device)(to, data.as_ptr().cast(), data.len(), stream.handle())
+            (self.device().api().copy_to_device)(to, data.as_ptr().cast(), data.len(), stream.handle())
         })?;
         stream.synchronize()
     }
@@ -74,18 +155,102 @@ impl Buffer {
         let fits = offset.checked_add(into.len()).is_some_and(|end| end <= self.bytes);
         assert!(fits, "read of {} bytes at {offset} from {}", into.len(), self.bytes);
         // SAFETY: as in `write`.
-        self.device.check("cuMemcpyDtoHAsync", unsafe {
+        self.device().check("cuMemcpyDtoHAsync", unsafe {
             let from = self.ptr + offset as u64;
-            (self.device.api().copy_to_host)(into.as_mut_ptr().cast(), from, into.len(), stream.handle())
+            (self.device().api().copy_to_host)(into.as_mut_ptr().cast(), from, into.len(), stream.handle())
         })?;
         stream.synchronize()
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Allocation {
     fn drop(&mut self) {
         // SAFETY: allocated in `Device::alloc`; cuMemFree waits for work that uses it.
         unsafe { (self.device.api().mem_free)(self.ptr) };
+    }
+}
+
+/// Page-locked host memory: the device copies to and from it while the host goes on.
+pub struct Pinned {
+    device: Device,
+    ptr: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: owned memory behind a pointer.
+unsafe impl Send for Pinned {}
+
+impl Device {
+    /// Allocates `bytes` (at least one) of page-locked host memory, zeroed.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn pinned(&self, bytes: usize) -> Result<Pinned> {
+        let mut ptr = std::ptr::null_mut();
+        // SAFETY: writes one pointer.
+        self.check("cuMemAllocHost", unsafe { (self.api().host_alloc)(&raw mut ptr, bytes.max(1)) })?;
+        // SAFETY: just allocated, of that size.
+        unsafe { ptr.cast::<u8>().write_bytes(0, bytes) };
+        Ok(Pinned { device: self.clone(), ptr: ptr.cast(), bytes })
+    }
+}
+
+impl Pinned {
+    /// The bytes. The caller sees to it that no queued copy into them is still under way.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated with this size and initialised.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
+    }
+
+    /// The bytes, to change. The caller sees to it that no queued copy from or into them is still under way.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Device::pinned`; the driver waits for copies that use it.
+        unsafe { (self.device.api().host_free)(self.ptr.cast()) };
+    }
+}
+
+impl Buffer {
+    /// Queues a copy of the first `bytes` of `from` to the start of this buffer.
+    ///
+    /// # Safety
+    /// `from` must live and stay unchanged until the stream has passed the copy.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn queue_write(&self, stream: &Stream, from: &Pinned, bytes: usize) -> Result<()> {
+        assert!(bytes <= self.bytes && bytes <= from.bytes, "copy of {bytes} bytes into {}", self.bytes);
+        // SAFETY: sizes were checked; the rest is the caller's promise.
+        self.device.check("cuMemcpyHtoDAsync", unsafe {
+            (self.device.api().copy_to_device)(self.ptr, from.ptr.cast(), bytes, stream.handle())
+        })
+    }
+
+    /// Queues a copy of the first `bytes` of this buffer to byte `offset` of `into`.
+    ///
+    /// # Safety
+    /// `into` must live and not be looked at until the stream has passed the copy.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn queue_read(
+        &self,
+        stream: &Stream,
+        bytes: usize,
+        into: &mut Pinned,
+        offset: usize,
+    ) -> Result<()> {
+        assert!(bytes <= self.bytes && offset + bytes <= into.bytes, "copy of {bytes} bytes at {offset}");
+        // SAFETY: sizes were checked; the rest is the caller's promise.
+        self.device.check("cuMemcpyDtoHAsync", unsafe {
+            (self.device.api().copy_to_host)(into.ptr.add(offset).cast(), self.ptr, bytes, stream.handle())
+        })
     }
 }
 

@@ -12,7 +12,7 @@ mod memory;
 mod stream;
 
 pub(crate) use ffi::NvrtcApi;
-pub use memory::{Buffer, TensorMap, TensorMapDesc, TensorMapElement};
+pub use memory::{Buffer, Pinned, TensorMap, TensorMapDesc, TensorMapElement};
 pub use stream::{Event, Graph, Stream};
 
 use crate::{CudaError, Result};

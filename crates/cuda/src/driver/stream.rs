@@ -85,17 +85,34 @@ impl Stream {
     /// # Errors
     /// `body`'s or the driver's; the stream leaves capture in every case.
     pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        self.begin_capture()?;
+        let ran = body();
+        let graph = self.end_capture();
+        ran?;
+        graph
+    }
+
+    /// From here to [`end_capture`](Self::end_capture) launches are recorded instead of run.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn begin_capture(&self) -> Result<()> {
         const THREAD_LOCAL: i32 = 1;
+        // SAFETY: a live stream.
+        let began = unsafe { (self.device.api().capture_begin)(self.handle, THREAD_LOCAL) };
+        self.device.check("cuStreamBeginCapture", began)
+    }
+
+    /// What was launched since [`begin_capture`](Self::begin_capture), ready to be replayed; ends the capture in every case.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn end_capture(&self) -> Result<Graph> {
         let api = self.device.api();
         let mut graph =
             Graph { device: self.device.clone(), graph: std::ptr::null_mut(), exec: std::ptr::null_mut() };
-        // SAFETY: a live stream; begin and end are paired below.
-        let began = unsafe { (api.capture_begin)(self.handle, THREAD_LOCAL) };
-        self.device.check("cuStreamBeginCapture", began)?;
-        let ran = body();
-        // SAFETY: as above; writes one handle.
+        // SAFETY: a live stream; writes one handle.
         let ended = unsafe { (api.capture_end)(self.handle, &raw mut graph.graph) };
-        ran?;
         self.device.check("cuStreamEndCapture", ended)?;
         // SAFETY: the graph was just captured; writes one handle.
         self.device.check("cuGraphInstantiate", unsafe {
@@ -116,6 +133,17 @@ impl Stream {
 }
 
 impl Event {
+    /// Waits until the stream has passed it; returns at once if it was never recorded.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: a live event.
+        self.device.check("cuEventSynchronize", unsafe {
+            (self.device.api().event_synchronize)(self.handle)
+        })
+    }
+
     /// Milliseconds from this event to `end`; waits for `end`.
     ///
     /// # Errors

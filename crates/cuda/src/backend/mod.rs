@@ -1,0 +1,456 @@
+//! The card as a [`Backend`] of class `hopper`: weights as they come, activations in buffers of the largest step, launches queued on one stream
+//! with programmatic overlap, steps that only decode captured and replayed.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+
+use bitfast_ops::{
+    AttnDesc, Backend, BackendError, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc,
+    LinearKind, NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, StepKey,
+};
+
+mod graphs;
+mod kernels;
+mod memory;
+mod sample;
+mod step;
+
+pub use memory::{Kv, Param, Tensor, Weight};
+
+use crate::CudaError;
+use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
+use crate::driver::{Buffer, Device, Overlap, Stream};
+use crate::jit::Jit;
+use crate::linear::{LinearSpec, Output};
+use crate::rows::{QkvPrepArgs, QkvPrepSpec};
+use graphs::{Graphs, State};
+use kernels::{Kernels, Phase};
+use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
+use sample::Sampling;
+use step::{Limits, Step};
+
+/// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
+/// steps, partial results of attention.
+const OWN_BYTES: u64 = 1 << 30;
+/// Every tile choice of a linear changes at a multiple of this many rows, above the small ones.
+const PLAN_ROWS: usize = 128;
+/// Row counts at which the choice for few rows changes.
+const FEW_ROWS: [usize; 7] = [1, 9, 17, 33, 49, 65, 97];
+
+/// How to open a [`CudaBackend`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct CudaOptions {
+    /// Which device.
+    pub ordinal: usize,
+    /// Part of the device's memory that may be used in all, above 0 and at most 1.
+    pub memory_utilization: f64,
+    /// Capture steps that only decode.
+    pub graphs: bool,
+    /// NVRTC's library; `None`: where the loader finds it.
+    pub nvrtc: Option<PathBuf>,
+    /// Folder for compiled kernels; `None`: they are compiled at every start.
+    pub kernel_cache: Option<PathBuf>,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self { ordinal: 0, memory_utilization: 0.9, graphs: true, nvrtc: None, kernel_cache: None }
+    }
+}
+
+/// One H100 or H200 as a [`Backend`]: one rank.
+pub struct CudaBackend {
+    device: Device,
+    stream: Stream,
+    name: String,
+    memory_utilization: f64,
+    kernels: Kernels,
+    step: Step,
+    sampling: Sampling,
+    /// None: every step is launched op by op.
+    graphs: Option<Graphs>,
+    /// Shapes of attention that the model has, in the order of their first use.
+    heads: Vec<AttentionSpec>,
+    /// Gate and up rows before they are multiplied, as large as the largest step needed.
+    gate_up: Option<Buffer>,
+    /// Most rows of an activation buffer.
+    most_rows: Cell<usize>,
+    /// Fewest rows of a buffer for logits.
+    logit_rows: Cell<usize>,
+}
+
+impl CudaBackend {
+    /// Opens the device and the compiler.
+    ///
+    /// # Errors
+    /// No driver, no such device, another architecture, no NVRTC.
+    pub fn new(options: &CudaOptions) -> Result<Self, CudaError> {
+        let device = Device::open(options.ordinal)?;
+        let stream = device.stream()?;
+        let jit = Jit::new(options.nvrtc.as_deref(), options.kernel_cache.clone())?;
+        Ok(Self {
+            name: format!("cuda:{}", options.ordinal),
+            memory_utilization: options.memory_utilization,
+            kernels: Kernels::new(&device, jit),
+            step: Step::new(&device, &stream)?,
+            sampling: Sampling::new(&device)?,
+            graphs: options.graphs.then(Graphs::default),
+            heads: Vec::new(),
+            gate_up: None,
+            most_rows: Cell::new(0),
+            logit_rows: Cell::new(usize::MAX),
+            device,
+            stream,
+        })
+    }
+
+    fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {
+        // The engine's thread is not the one that loaded.
+        self.device.bind().map_err(failed(&self.name))?;
+        self.device.alloc(bytes).map_err(|e| match e {
+            CudaError::Call { name, .. } if name == "CUDA_ERROR_OUT_OF_MEMORY" => BackendError::OutOfMemory {
+                device: self.name.clone(),
+                what: what.to_owned(),
+                bytes: bytes as u64,
+            },
+            e => failed(&self.name)(e),
+        })
+    }
+
+    fn upload(&self, what: &str, bytes: &[u8]) -> Result<Buffer> {
+        let buffer = self.alloc(what, bytes.len())?;
+        buffer.write(&self.stream, 0, bytes).map_err(failed(&self.name))?;
+        Ok(buffer)
+    }
+
+    fn upload_step(&mut self) -> Result<()> {
+        let limits = Limits { graphs: self.graphs.is_some(), logit_rows: self.logit_rows.get() };
+        let changed = self.step.upload(&self.stream, &self.heads, limits).map_err(failed(&self.name))?;
+        if let (true, Some(graphs)) = (changed, &mut self.graphs) {
+            graphs.clear();
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, op: impl FnOnce(&mut Self) -> Result<(), CudaError>) -> Result<()> {
+        let ran = op(self);
+        ran.map_err(failed(&self.name))
+    }
+
+    /// `out = x w^T`, `rows` rows.
+    fn multiply(&mut self, w: &Weight, x: &Tensor, out: &Buffer, rows: usize) -> Result<()> {
+        assert_eq!(x.cols, w.spec.k, "input of {}", w.desc.name);
+        if rows == 0 {
+            return Ok(());
+        }
+        self.run(|be| {
+            let Some(linear) = be.kernels.linear(w.spec, rows)? else { return Ok(()) };
+            linear.call(&x.data, &w.data, 0, out, rows, Overlap::WithPrevious)?.launch(&be.stream)
+        })
+    }
+
+    /// Every kernel that steps of up to `most_rows` rows need is met by a run at one of these row counts.
+    fn telling_rows(&self) -> Vec<usize> {
+        let most = self.most_rows.get();
+        let few = FEW_ROWS.into_iter().filter(|rows| *rows <= most);
+        few.chain((PLAN_ROWS + 1..=most).step_by(PLAN_ROWS)).chain([most]).collect()
+    }
+}
+
+impl Backend for CudaBackend {
+    type Weight = Weight;
+    type Param = Param;
+    type Tensor = Tensor;
+    type Kv = Kv;
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn class(&self) -> Class {
+        Class::Hopper
+    }
+
+    fn batch_invariant(&self) -> bool {
+        true
+    }
+
+    fn device(&self) -> String {
+        let (major, minor) = self.kernels.compiler();
+        let mode = if self.graphs.is_some() { "graphs" } else { "eager" };
+        format!("{} ({}), NVRTC {major}.{minor}, {mode}", self.device.name(), self.name)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn block_sizes(&self) -> &'static [usize] {
+        &[BLOCK_TOKENS]
+    }
+
+    fn weight(&self, desc: &LinearDesc, data: HostTensor<'_>) -> Result<Weight> {
+        assert_eq!(data.dims2(), (desc.n, desc.k), "{}", desc.name);
+        let spec = LinearSpec::new(desc.kind, desc.n, desc.k);
+        Ok(Weight { desc: desc.clone(), spec, data: self.upload(&desc.name, bytes_of(&data.data))? })
+    }
+
+    fn param(&self, name: &str, data: HostTensor<'_>) -> Result<Param> {
+        Ok(Param(ParamData::Vector(self.upload(name, bytes_of(&data.data))?)))
+    }
+
+    fn rope(&self, table: &RopeTable) -> Result<Param> {
+        let upload = |data| self.upload("rotation table", bytes_of_f32(data));
+        let positions = table.cos.len() / (table.rot_dim / 2);
+        let (cos, sin) = (upload(&table.cos)?, upload(&table.sin)?);
+        Ok(Param(ParamData::Rope(Rope { rot_dim: table.rot_dim, positions, cos, sin })))
+    }
+
+    fn tensor(&self, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Tensor> {
+        let padded = padded_rows(rows, dtype);
+        let (size, seen) = match dtype {
+            Dtype::Bf16 => (2, &self.most_rows),
+            Dtype::F32 => (4, &self.logit_rows),
+        };
+        seen.set(match dtype {
+            Dtype::Bf16 => seen.get().max(rows),
+            Dtype::F32 => seen.get().min(padded),
+        });
+        let data = self.alloc(name, padded * cols * size)?;
+        // Rows of padding are read by kernels that drop what they make of them.
+        data.fill(&self.stream, 0).map_err(failed(&self.name))?;
+        Ok(Tensor { rows: padded, cols, dtype, data })
+    }
+
+    fn kv_block_bytes(&self, layout: &KvLayout) -> u64 {
+        kv_shapes(layout).map_or(0, |shapes| shapes.iter().map(|s| s.block_bytes() as u64).sum())
+    }
+
+    fn kv(&self, layout: &KvLayout, num_blocks: usize) -> Result<Kv> {
+        let layers = kv_shapes(layout)?.into_iter().enumerate().map(|(i, shape)| {
+            let what = format!("KV cache of layer {i}, {num_blocks} blocks");
+            Ok((shape, self.alloc(&what, num_blocks * shape.block_bytes())?))
+        });
+        Ok(Kv { layers: layers.collect::<Result<_>>()? })
+    }
+
+    fn free_bytes(&self) -> u64 {
+        let Ok((free, total)) = self.device.bind().and_then(|()| self.device.memory()) else { return 0 };
+        let allowed = (total as f64 * self.memory_utilization) as u64;
+        allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES)
+    }
+
+    fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        self.device.bind().map_err(failed(&self.name))?;
+        let logit_rows = self.logit_rows.get();
+        for phase in [Phase::Collect, Phase::Load] {
+            self.kernels.phase = phase;
+            for rows in self.telling_rows() {
+                self.step.pretend(rows, rows.min(logit_rows));
+                body(self)?;
+            }
+            if phase == Phase::Collect {
+                let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+                self.run(|be| be.kernels.compile(threads))?;
+            }
+        }
+        self.kernels.phase = Phase::Run;
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
+        self.device.bind().map_err(failed(&self.name))?;
+        self.step.batch.clone_from(batch);
+        self.upload_step()
+    }
+
+    fn replay(&mut self, key: StepKey, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        assert_eq!(key.rows, self.step.batch.num_tokens(), "the step of another batch");
+        let (Some(graphs), Some(key)) = (&mut self.graphs, self.step.graph) else { return body(self) };
+        match graphs.get(key) {
+            Some(State::Ready(graph)) => return self.stream.replay(graph).map_err(failed(&self.name)),
+            // Launch by launch the first time, so that whatever it needs is loaded before it is captured.
+            None => {
+                graphs.set(key, State::Seen);
+                return body(self);
+            }
+            Some(State::Seen) => {}
+        }
+        self.run(|be| be.stream.begin_capture())?;
+        let ran = body(self);
+        let graph = self.stream.end_capture();
+        ran?;
+        let graph = graph.map_err(failed(&self.name))?;
+        self.stream.replay(&graph).map_err(failed(&self.name))?;
+        if let Some(graphs) = &mut self.graphs {
+            graphs.set(key, State::Ready(graph));
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Weight, out: &mut Tensor) -> Result<()> {
+        assert_ne!(table.desc.kind, LinearKind::GateUp, "{} is no embedding table", table.desc.name);
+        assert_eq!(out.cols, table.spec.k, "embeddings of {}", table.desc.name);
+        self.run(|be| {
+            let Some(gather) = be.kernels.gather(out.cols)? else { return Ok(()) };
+            let ids = &be.step.inputs().token_ids;
+            // The step's first launch: behind the upload.
+            gather.launch(&be.stream, Overlap::None, be.step.rows, &table.data, ids, &out.data)
+        })
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, w: &Param, desc: NormDesc, out: &mut Tensor) -> Result<()> {
+        self.run(|be| {
+            let Some(norm) = be.kernels.norm(x.cols, desc)? else { return Ok(()) };
+            let rows = be.step.rows;
+            norm.launch(&be.stream, Overlap::WithPrevious, rows, &x.data, w.vector(), &out.data)
+        })
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Tensor,
+        delta: &Tensor,
+        w: &Param,
+        desc: NormDesc,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.run(|be| {
+            let Some(norm) = be.kernels.norm(delta.cols, desc)? else { return Ok(()) };
+            let (rows, overlap) = (be.step.rows, Overlap::WithPrevious);
+            let (residual, delta) = (&residual.data, &delta.data);
+            norm.launch_add(&be.stream, overlap, rows, residual, delta, w.vector(), &out.data)
+        })
+    }
+
+    fn linear(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let kind = w.desc.kind;
+        assert!(matches!(kind, LinearKind::Column | LinearKind::Row), "{} is {kind:?}", w.desc.name);
+        assert_eq!(out.cols, w.spec.n, "output of {}", w.desc.name);
+        self.multiply(w, x, &out.data, self.step.rows)
+    }
+
+    fn gate_up(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        assert_eq!(w.desc.kind, LinearKind::GateUp, "{}", w.desc.name);
+        assert_eq!(2 * out.cols, w.spec.n, "output of {}", w.desc.name);
+        let bytes = x.rows * w.spec.n * 2;
+        // Once, in the first run of a model; never while a step is captured.
+        let both = match self.gate_up.take() {
+            Some(buffer) if buffer.len() >= bytes => buffer,
+            _ => self.alloc("gate and up rows", bytes)?,
+        };
+        let multiplied = self.multiply(w, x, &both, self.step.rows);
+        let both = self.gate_up.insert(both).part(0, bytes);
+        multiplied?;
+        self.run(|be| {
+            let Some(silu) = be.kernels.silu(out.cols)? else { return Ok(()) };
+            silu.launch(&be.stream, Overlap::WithPrevious, be.step.rows, &both, &out.data)
+        })
+    }
+
+    fn qkv_prep(
+        &mut self,
+        desc: QkvPrepDesc,
+        qkv: &Tensor,
+        norms: Option<(&Param, &Param)>,
+        rope: &Param,
+        kv: &mut Kv,
+        q_out: &mut Tensor,
+    ) -> Result<()> {
+        let (shape, cache) = &kv.layers[desc.layer];
+        let QkvPrepDesc { heads, kv_heads, head_dim, qk_norm, .. } = desc;
+        assert_eq!((shape.kv_heads, shape.head_dim), (kv_heads, head_dim), "layer {}", desc.layer);
+        let rope = rope.rope();
+        let attention = AttentionSpec { heads, kv_heads, head_dim };
+        let spec = QkvPrepSpec { attention, rot_dim: rope.rot_dim, qk_norm };
+        self.run(|be| {
+            let Some(prep) = be.kernels.qkv_prep(spec)? else { return Ok(()) };
+            let (step, inputs) = (&be.step, be.step.inputs());
+            assert!(step.positions <= rope.positions, "position {} of {}", step.positions, rope.positions);
+            let blocks = cache.len() / shape.block_bytes();
+            assert!(step.blocks <= blocks, "block {} of {blocks}", step.blocks);
+            let args = QkvPrepArgs {
+                qkv: &qkv.data,
+                norms: norms.map(|(q, k)| (q.vector(), k.vector())),
+                cos: &rope.cos,
+                sin: &rope.sin,
+                positions: &inputs.positions,
+                slots: &inputs.slots,
+                kv: cache,
+                q_out: &q_out.data,
+            };
+            // SAFETY: positions and slots of the batch were just checked; those of padding are 0 and none.
+            unsafe { prep.launch(&be.stream, Overlap::WithPrevious, step.rows, args) }
+        })
+    }
+
+    fn attention(&mut self, desc: AttnDesc, q: &Tensor, kv: &Kv, out: &mut Tensor) -> Result<()> {
+        let (shape, cache) = &kv.layers[desc.layer];
+        let AttnDesc { heads, kv_heads, head_dim, scale_log2, .. } = desc;
+        assert_eq!((shape.kv_heads, shape.head_dim), (kv_heads, head_dim), "layer {}", desc.layer);
+        let spec = AttentionSpec { heads, kv_heads, head_dim };
+        if !self.heads.contains(&spec) {
+            self.heads.push(spec);
+            if self.kernels.phase == Phase::Run {
+                // The first step of a model that was not prepared; it is not being captured.
+                self.upload_step()?;
+            }
+        }
+        self.run(|be| {
+            if be.kernels.phase != Phase::Run {
+                for tiling in [Tiling::decode(&spec), Tiling::prefill(&spec)] {
+                    be.kernels.attention(spec, tiling)?;
+                }
+                return Ok(());
+            }
+            for batch in be.step.inputs().attention(&spec) {
+                let Some(attention) = be.kernels.attention(spec, batch.tiling())? else { continue };
+                let overlap = Overlap::WithPrevious;
+                attention.launch(&be.stream, overlap, scale_log2, batch, &q.data, cache, &out.data)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn select_logit_rows(&mut self, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.run(|be| {
+            let Some(gather) = be.kernels.gather(x.cols)? else { return Ok(()) };
+            let (rows, index) = (be.step.logit_rows, &be.step.inputs().logit_rows);
+            gather.launch(&be.stream, Overlap::WithPrevious, rows, &x.data, index, &out.data)
+        })
+    }
+
+    fn logits(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        assert_eq!(w.desc.kind, LinearKind::Vocab, "{}", w.desc.name);
+        assert_eq!((w.spec.output, out.cols), (Output::F32, w.spec.n), "output of {}", w.desc.name);
+        if self.kernels.phase != Phase::Run {
+            self.run(|be| be.kernels.logits_rows(out.cols).map(drop))?;
+        }
+        self.multiply(w, x, &out.data, self.step.logit_rows)
+    }
+
+    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
+        let Self { sampling, stream, kernels, name, .. } = self;
+        sampling.run(stream, kernels, logits, rows).map_err(failed(name))
+    }
+
+    fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
+        assert!(x.dtype == Dtype::F32 && rows <= x.rows, "{rows} rows of {:?} [{}, {}]", x.dtype, x.rows, x.cols);
+        let mut values = vec![0.0; rows * x.cols];
+        self.run(|be| x.data.read(&be.stream, 0, bytes_of_f32_mut(&mut values)))?;
+        Ok(values)
+    }
+
+    fn poison_blocks(&mut self, kv: &mut Kv, blocks: &[u32]) -> Result<()> {
+        self.run(|be| {
+            be.device.bind()?;
+            for (shape, cache) in &kv.layers {
+                for block in blocks {
+                    let bytes = shape.block_bytes();
+                    cache.part(*block as usize * bytes, bytes).fill(&be.stream, 0xFF)?;
+                }
+            }
+            Ok(())
+        })
+    }
+}

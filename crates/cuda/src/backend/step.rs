@@ -1,0 +1,261 @@
+//! The inputs of a step on the device: one block of words, uploaded by one copy, whose layout follows from its counts alone, so
+//! that a captured sequence of launches finds the next step's inputs where it found the last one's.
+
+use bitfast_ops::{BatchInputs, SeqInput};
+
+use super::graphs::{GraphKey, bucket};
+use crate::Result;
+use crate::attention::{AttentionBatch, AttentionSpec, BLOCK_TOKENS, Extent, Items, Sequences, Tiling};
+use crate::driver::{Buffer, Device, Event, Pinned, Stream};
+
+/// A token id, slot or logit row that is none: padding.
+const NOBODY: u32 = u32::MAX;
+/// Most splits of all sequences together whose partial results are kept; steps with more do without splits.
+const MOST_PARTIALS: usize = 8192;
+/// Rows (times heads of a group) of a sequence up to which its splits go to blocks of their own.
+const SPLIT_ROWS: usize = 32;
+
+/// The current batch, here and on the device.
+pub(super) struct Step {
+    device: Device,
+    /// As it was given.
+    pub batch: BatchInputs,
+    /// Rows to compute, padding among them.
+    pub rows: usize,
+    /// Rows of logits, padding among them.
+    pub logit_rows: usize,
+    /// The key of a step that may be captured.
+    pub graph: Option<GraphKey>,
+    /// Positions that the batch needs of a rotation table.
+    pub positions: usize,
+    /// Blocks that it needs of a cache.
+    pub blocks: usize,
+    /// Where its inputs lie.
+    pub inputs: Option<Inputs>,
+    host: Pinned,
+    arena: Buffer,
+    partials: Buffer,
+    arrived: Buffer,
+    /// Recorded behind the last upload: until then the host words must stay.
+    copied: Event,
+}
+
+/// Where a step's inputs lie.
+pub(super) struct Inputs {
+    pub token_ids: Buffer,
+    pub positions: Buffer,
+    pub slots: Buffer,
+    pub logit_rows: Buffer,
+    /// Attention's launches, by heads' shape.
+    attention: Vec<(AttentionSpec, AttentionBatch)>,
+}
+
+impl Inputs {
+    /// Attention's launches for heads of `spec`; none if it was not among the shapes at the upload.
+    pub fn attention<'a>(&'a self, spec: &'a AttentionSpec) -> impl Iterator<Item = &'a AttentionBatch> {
+        self.attention.iter().filter(move |(s, _)| s == spec).map(|(_, launch)| launch)
+    }
+}
+
+/// What a step may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// It may be padded and captured.
+    pub graphs: bool,
+    /// Rows that the logits' buffer holds.
+    pub logit_rows: usize,
+}
+
+/// First words of each part of the block.
+struct Layout {
+    positions: usize,
+    slots: usize,
+    logit_rows: usize,
+    seqs: usize,
+    items: usize,
+    tables: usize,
+    end: usize,
+}
+
+impl Layout {
+    /// Tables come last: theirs is the only size that a captured sequence does not fix. Sequences and items are read 16 bytes at a time.
+    fn new(rows: usize, logit_rows: usize, seqs: usize, item_words: usize, table_words: usize) -> Self {
+        let seqs_at = (3 * rows + logit_rows).next_multiple_of(4);
+        let (items, tables) = (seqs_at + 4 * seqs, seqs_at + 4 * seqs + item_words);
+        Self {
+            positions: rows,
+            slots: 2 * rows,
+            logit_rows: 3 * rows,
+            seqs: seqs_at,
+            items,
+            tables,
+            end: tables + table_words,
+        }
+    }
+}
+
+impl Step {
+    pub fn new(device: &Device, stream: &Stream) -> Result<Self> {
+        let words = 1 << 16;
+        let arrived = device.alloc(1 << 18)?;
+        arrived.fill(stream, 0)?;
+        Ok(Self {
+            device: device.clone(),
+            batch: BatchInputs::default(),
+            rows: 0,
+            logit_rows: 0,
+            graph: None,
+            positions: 0,
+            blocks: 0,
+            inputs: None,
+            host: device.pinned(words)?,
+            arena: device.alloc(4 * words)?,
+            partials: device.alloc(1 << 22)?,
+            arrived,
+            copied: device.event()?,
+        })
+    }
+
+    /// Counts without a batch, for collecting kernels.
+    pub fn pretend(&mut self, rows: usize, logit_rows: usize) {
+        (self.rows, self.logit_rows, self.graph, self.inputs) = (rows, logit_rows, None, None);
+    }
+
+    /// The inputs of the current batch.
+    pub fn inputs(&self) -> &Inputs {
+        self.inputs.as_ref().expect("an op without a batch: call begin first")
+    }
+
+    /// Lays the batch out and uploads it; `specs` are the shapes of attention that will be asked for. True if an address has changed that
+    /// captured launches hold.
+    pub fn upload(&mut self, stream: &Stream, specs: &[AttentionSpec], limits: Limits) -> Result<bool> {
+        let seqs = &self.batch.seqs;
+        let decode_only = seqs.iter().all(|s| s.num_rows == 1);
+        let rows = self.batch.num_tokens();
+        let padded = bucket(rows).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows);
+        let sequences = Sequences::new(seqs);
+        let plans: Vec<Items> =
+            specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded)).collect();
+        self.rows = padded.unwrap_or(rows);
+        self.logit_rows = padded.unwrap_or(self.batch.logit_rows.len());
+        self.graph = padded.map(|rows| {
+            let splits = plans.iter().map(|p| if p.extent.partials == 0 { 0 } else { p.extent.max_splits });
+            GraphKey { rows, splits: splits.max().unwrap_or(0) }
+        });
+        self.positions = self.batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
+        self.blocks = self.batch.slots.iter().max().map_or(0, |s| *s as usize / BLOCK_TOKENS + 1);
+        let item_words = plans.iter().map(|p| p.words.len()).sum();
+        let num_seqs = padded.map_or(seqs.len(), |p| p + 1);
+        let layout =
+            Layout::new(self.rows, self.logit_rows, num_seqs, item_words, sequences.tables.len());
+        let changed = self.reserve(stream, &layout, &plans)?;
+        self.write(&layout, &sequences, &plans);
+        // SAFETY: the words change in `write` only, which `reserve` lets wait for the copy.
+        unsafe { self.host.copy_to(stream, layout.end, &self.arena)? };
+        stream.record(&self.copied)?;
+        self.inputs = Some(self.parts(&layout, plans.iter().map(|p| p.extent)));
+        Ok(changed)
+    }
+
+    /// Waits for the last upload and sees to room for the next one.
+    fn reserve(&mut self, stream: &Stream, layout: &Layout, plans: &[Items]) -> Result<bool> {
+        self.copied.synchronize()?;
+        let extents = || plans.iter().map(|p| p.extent);
+        let partials = extents().map(|e| e.partial_bytes()).max().unwrap_or(0);
+        let arrived = extents().map(|e| e.arrived_bytes()).max().unwrap_or(0);
+        let mut changed = false;
+        if layout.end > self.host.len() {
+            let words = layout.end.next_power_of_two();
+            (self.host, self.arena) = (self.device.pinned(words)?, self.device.alloc(4 * words)?);
+            changed = true;
+        }
+        if partials > self.partials.len() {
+            self.partials = self.device.alloc(partials.next_power_of_two())?;
+            changed = true;
+        }
+        if arrived > self.arrived.len() {
+            self.arrived = self.device.alloc(arrived.next_power_of_two())?;
+            self.arrived.fill(stream, 0)?;
+            changed = true;
+        }
+        Ok(changed)
+    }
+
+    fn write(&mut self, layout: &Layout, sequences: &Sequences, plans: &[Items]) {
+        let Self { batch, rows, logit_rows, host, .. } = self;
+        let words = host.words_mut();
+        let mut put = |from: usize, len: usize, data: &[u32], padding: u32| {
+            let part = &mut words[from..from + len];
+            let (used, rest) = part.split_at_mut(data.len());
+            used.copy_from_slice(data);
+            rest.fill(padding);
+        };
+        put(0, *rows, &batch.token_ids, NOBODY);
+        put(layout.positions, *rows, &batch.positions, 0);
+        put(layout.slots, *rows, &batch.slots, NOBODY);
+        put(layout.logit_rows, *logit_rows, &batch.logit_rows, NOBODY);
+        // Padding has sequences without rows.
+        put(layout.seqs, layout.items - layout.seqs, &sequences.words, 0);
+        let mut at = layout.items;
+        for items in plans {
+            put(at, items.words.len(), &items.words, 0);
+            at += items.words.len();
+        }
+        put(layout.tables, sequences.tables.len(), &sequences.tables, 0);
+    }
+
+    fn parts(&self, layout: &Layout, extents: impl Iterator<Item = Extent>) -> Inputs {
+        let part = |from: usize, to: usize| self.arena.part(4 * from, 4 * (to - from));
+        let mut at = layout.items;
+        let launch = |extent: Extent| {
+            let items = part(at, at + 4 * extent.items);
+            at += 4 * extent.items;
+            let batch = AttentionBatch {
+                extent,
+                seqs: part(layout.seqs, layout.items),
+                items,
+                tables: part(layout.tables, layout.end),
+                partials: self.partials.part(0, self.partials.len()),
+                arrived: self.arrived.part(0, self.arrived.len()),
+            };
+            (extent.spec, batch)
+        };
+        let attention = extents.map(launch).collect();
+        Inputs {
+            token_ids: part(0, layout.positions),
+            positions: part(layout.positions, layout.slots),
+            slots: part(layout.slots, layout.logit_rows),
+            logit_rows: part(layout.logit_rows, layout.logit_rows + self.logit_rows),
+            attention,
+        }
+    }
+}
+
+/// Attention's launches for one shape of heads: few rows a sequence, then many.
+fn plan(
+    spec: &AttentionSpec,
+    seqs: &[SeqInput],
+    sequences: &Sequences,
+    padded: Option<usize>,
+) -> Vec<Items> {
+    let is_few = |s: &SeqInput| padded.is_some() || s.num_rows as usize * spec.group() <= SPLIT_ROWS;
+    let (few, many): (Vec<usize>, Vec<usize>) = (0..seqs.len()).partition(|i| is_few(&seqs[*i]));
+    let items = |tiling: Tiling, chosen: &[usize]| Items::new(spec, &tiling, seqs, sequences, chosen);
+    let mut plans = Vec::new();
+    if !few.is_empty() {
+        let mut plan = items(Tiling::decode(spec), &few);
+        if plan.extent.partials > MOST_PARTIALS {
+            plan = items(Tiling::decode_whole(spec), &few);
+        }
+        if let Some(rows) = padded {
+            let items_per_row = spec.group().div_ceil(plan.extent.tiling.rows());
+            plan.pad(rows, rows * items_per_row);
+            plan.extent.max_splits = plan.extent.max_splits.next_power_of_two();
+        }
+        plans.push(plan);
+    }
+    if !many.is_empty() {
+        plans.push(items(Tiling::prefill(spec), &many));
+    }
+    plans
+}
