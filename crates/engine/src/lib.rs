@@ -7,6 +7,7 @@
 
 mod clock;
 mod config;
+mod constraint;
 mod engine;
 mod handle;
 mod live;
@@ -22,6 +23,7 @@ mod validate;
 pub use bitfast_scheduler::Policy;
 pub use clock::{Clock, SystemClock, VirtualClock};
 pub use config::{EngineConfig, EngineInfo, MAX_LOGIT_BIAS, MAX_SAMPLES, MAX_WORDS, system_fingerprint};
+pub use constraint::{Constraint, ConstraintFault, ConstraintSource, MayEnd, Progress, TokenConstraint};
 pub use engine::{Engine, EngineError, Step};
 pub use handle::{
     EngineHandle, Health, RequestGuard, RequestStream, Shutdown, SleepLevel, TryEvent, UnsupportedSleep,

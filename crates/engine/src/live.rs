@@ -1,11 +1,13 @@
 //! A request in service.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bitfast_ops::exact::stream_seed;
-use bitfast_ops::{LogprobsRow, RowChoice, RowParams};
+use bitfast_ops::{LogprobsRow, RowChoice, RowFault, RowParams};
 use bitfast_scheduler::{PromptRows, Request, SeqId, Sequence, Ticket};
 
+use crate::constraint::{Guide, GuideRules, Progress};
 use crate::request::{Event, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs};
 use crate::shared::{EventSink, Submission};
 
@@ -37,6 +39,8 @@ pub(crate) struct Sample {
     /// Tokens that may not come next; the first `always_forbidden` never may.
     forbidden: Vec<u32>,
     always_forbidden: usize,
+    /// Of a constrained request.
+    pub(crate) guide: Option<Guide>,
 }
 
 /// Where a sample is.
@@ -58,11 +62,14 @@ impl Live {
         let sampling = request.sampling;
         let always: Vec<u32> =
             sampling.bad_words.iter().filter(|word| word.len() == 1).map(|word| word[0]).collect();
+        let rules = guide_rules(&sampling, model_eos);
+        let guide = || Some(Guide::new(sampling.constraint.clone()?, Arc::clone(&rules)));
         let samples = (0..sampling.n).map(|index| Sample {
             place: Place::Behind,
             params: row_params(&sampling, stream_seed(seed, index)),
             forbidden: always.clone(),
             always_forbidden: always.len(),
+            guide: guide(),
         });
         Self {
             id: request.id,
@@ -111,7 +118,7 @@ impl Live {
         self.emit(Event::Started { seed: self.seed, cached_tokens });
     }
 
-    /// A token of sample `index` was chosen; returns how the sample ended, if it did.
+    /// A token of sample `index` was chosen; returns how the sample ended, if it did. An error fails the request.
     pub(crate) fn token(
         &mut self,
         index: u32,
@@ -119,7 +126,7 @@ impl Live {
         generated: usize,
         logprobs: Option<LogprobsRow>,
         now: Duration,
-    ) -> Option<FinishReason> {
+    ) -> Result<Option<FinishReason>, String> {
         if self.metrics.time_to_first_token.is_none() {
             self.metrics.time_to_first_token = Some(now.saturating_sub(self.at));
         }
@@ -129,13 +136,31 @@ impl Live {
             (FinishReason::Stop, None)
         } else if self.sampling.stop_token_ids.contains(&token) {
             (FinishReason::Stop, Some(token))
+        } else if self.completes(index, token)? {
+            (FinishReason::Stop, None)
         } else if generated >= self.sampling.max_tokens as usize {
             (FinishReason::Length, None)
         } else {
-            return None;
+            return Ok(None);
         };
         self.finish(index, reason, stop_token);
-        Some(reason)
+        Ok(Some(reason))
+    }
+
+    /// Lets sample `index`'s constraint follow; true when nothing may come after `token`.
+    fn completes(&mut self, index: u32, token: u32) -> Result<bool, String> {
+        let Some(guide) = &mut self.samples[index as usize].guide else { return Ok(false) };
+        let progress = guide.accept(token).map_err(|fault| format!("structured output: {fault}"))?;
+        Ok(progress == Progress::Complete)
+    }
+
+    /// In words, why no token could be chosen for sample `index`.
+    pub(crate) fn fault(&self, index: u32, fault: RowFault) -> String {
+        let guide = self.samples[index as usize].guide.as_ref();
+        match guide.and_then(Guide::fault) {
+            Some(cause) => format!("structured output: {cause}"),
+            None => fault.to_string(),
+        }
     }
 
     /// Ends sample `index`.
@@ -190,7 +215,10 @@ impl Live {
         let sample = &self.samples[index as usize];
         RowChoice {
             params: sample.params.clone(),
-            allowed: self.sampling.allowed_token_ids.clone(),
+            allowed: match &sample.guide {
+                Some(guide) => Some(guide.mask()),
+                None => self.sampling.allowed_token_ids.clone(),
+            },
             bias: &self.bias,
             forbidden: &sample.forbidden,
             prompt: sequence.prompt(),
@@ -201,6 +229,16 @@ impl Live {
 
 pub(crate) fn token_logprobs(token: u32, row: LogprobsRow) -> TokenLogprobs {
     TokenLogprobs { token, logprob: row.logprob, rank: row.rank, top: row.top }
+}
+
+fn guide_rules(sampling: &SamplingParams, model_eos: &[u32]) -> Arc<GuideRules> {
+    let mut rules = GuideRules { also: sampling.allowed_token_ids.clone(), ..GuideRules::default() };
+    rules.ends.extend(&sampling.stop_token_ids);
+    match sampling.ignore_eos {
+        true => rules.ignored.extend(model_eos),
+        false => rules.ends.extend(model_eos),
+    }
+    Arc::new(rules)
 }
 
 fn row_params(p: &SamplingParams, seed: u64) -> RowParams {

@@ -13,14 +13,14 @@ pub struct ModelRunner<B: Backend> {
 }
 
 impl<B: Backend> ModelRunner<B> {
-    /// Allocates a KV cache of `num_blocks` blocks of `block_size` tokens for a loaded model.
+    /// Allocates a KV cache of `num_blocks` blocks of `block_size` tokens for a loaded model, and lets the backend prepare.
     pub fn new(
-        backend: B,
+        mut backend: B,
         loaded: Loaded<B>,
         block_size: usize,
         num_blocks: usize,
     ) -> Result<Self, RunnerError> {
-        let Loaded { model, weights_digest, config_digest } = loaded;
+        let Loaded { mut model, weights_digest, config_digest } = loaded;
         if !backend.block_sizes().contains(&block_size) {
             let message = format!(
                 "the {} backend has no KV blocks of {block_size} tokens, only of {:?}",
@@ -29,7 +29,8 @@ impl<B: Backend> ModelRunner<B> {
             );
             return Err(RunnerError::Other(message));
         }
-        let kv = backend.kv(&model.kv_layout(block_size), num_blocks)?;
+        let mut kv = backend.kv(&model.kv_layout(block_size), num_blocks)?;
+        backend.prepare(&mut |backend| model.forward(backend, &mut kv).map(drop))?;
         let digest = identity_digest(weights_digest.as_bytes(), config_digest.as_bytes());
         let mut fingerprint = system_fingerprint(backend.class(), digest);
         if !backend.batch_invariant() {

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use bitfast_ops::BitMask;
 
+use crate::constraint::Constraint;
+
 /// One generation or scoring request, in token ids.
 #[derive(Clone, Debug)]
 pub struct EngineRequest {
@@ -59,6 +61,9 @@ pub struct SamplingParams {
     pub allowed_token_ids: Option<Arc<BitMask>>,
     /// Token sequences that may not appear.
     pub bad_words: Vec<Vec<u32>>,
+    /// What the whole answer must be (structured outputs). A sample ends when it is complete and nothing can
+    /// follow, also before `min_tokens` and with `ignore_eos`; end tokens are allowed only where it may end.
+    pub constraint: Option<Constraint>,
 }
 
 impl Default for SamplingParams {
@@ -82,6 +87,7 @@ impl Default for SamplingParams {
             logit_bias: BTreeMap::new(),
             allowed_token_ids: None,
             bad_words: Vec::new(),
+            constraint: None,
         }
     }
 }

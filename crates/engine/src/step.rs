@@ -1,11 +1,13 @@
 //! One step, from the scheduler's batch to the events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bitfast_ops::{RowSample, SampleRow};
 use bitfast_scheduler::{Batch, Outcome, Part, Sequence, Turn, Work};
 
+use crate::config::EngineInfo;
+use crate::constraint::{Guide, refresh_all};
 use crate::engine::Engine;
 use crate::live::{Live, Place, token_logprobs};
 use crate::prepare::RowUse;
@@ -54,14 +56,20 @@ impl<R: Runner> Engine<R> {
             let (key, index) = owners[&part.seq];
             (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
         });
+        let mut constrained: BTreeSet<(RequestKey, u32)> = BTreeSet::new();
         for (part, usage) in &prepared.uses {
             if let RowUse::Choose { .. } = usage {
                 let seq = batch.parts[*part].seq;
                 let (key, index) = owners[&seq];
                 let output = scheduler.get(seq).expect("scheduled sequences live").output();
-                requests.get_mut(&key).expect("owners live").update_forbidden(index, output);
+                let live = requests.get_mut(&key).expect("owners live");
+                live.update_forbidden(index, output);
+                if live.samples[index as usize].guide.is_some() {
+                    constrained.insert((key, index));
+                }
             }
         }
+        refresh_masks(requests, &constrained, &self.shared.info);
         self.discarded.clear();
         // Poisoned before the new content is written: a block may have found its next owner in this very step.
         scheduler.drain_discarded(&mut self.discarded);
@@ -132,7 +140,7 @@ impl<R: Runner> Engine<R> {
                 _ if taken.failures.contains_key(&key) => break,
                 Ok(token) => token,
                 Err(fault) => {
-                    taken.failures.insert(key, fault.to_string());
+                    taken.failures.insert(key, live.fault(index, fault));
                     break;
                 }
             };
@@ -146,10 +154,14 @@ impl<R: Runner> Engine<R> {
             self.stats.generation_tokens += 1;
             let generated = sequence.output().len() + 1;
             outcome = match live.token(index, token, generated, logprobs, now) {
-                None => Outcome::Token(token),
-                Some(reason) => {
+                Ok(None) => Outcome::Token(token),
+                Ok(Some(reason)) => {
                     self.stats.count_end(reason);
                     Outcome::Finished
+                }
+                Err(message) => {
+                    taken.failures.insert(key, message);
+                    break;
                 }
             };
         }
@@ -232,6 +244,26 @@ impl<R: Runner> Engine<R> {
         self.shared.steps().push(record);
         record
     }
+}
+
+/// Works out the masks of the rows that choose a token under a constraint.
+fn refresh_masks(
+    requests: &mut BTreeMap<RequestKey, Live>,
+    constrained: &BTreeSet<(RequestKey, u32)>,
+    info: &EngineInfo,
+) {
+    if constrained.is_empty() {
+        return;
+    }
+    let mut guides: Vec<&mut Guide> = Vec::with_capacity(constrained.len());
+    for (key, live) in requests.iter_mut().filter(|(_, live)| live.sampling.constraint.is_some()) {
+        for (index, sample) in live.samples.iter_mut().enumerate() {
+            if constrained.contains(&(*key, index as u32)) {
+                guides.extend(&mut sample.guide);
+            }
+        }
+    }
+    refresh_all(&mut guides, info.vocab_size, info.config.mask_threads);
 }
 
 fn sample_row<'a>(
