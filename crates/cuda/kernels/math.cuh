@@ -51,13 +51,24 @@ __device__ __forceinline__ float pow2i(float d) {
     return d >= -126.f ? __uint_as_float(0x3F800000u + shift) : 0.f;
 }
 
-// log2(x) for a positive normal x.
-__device__ __forceinline__ float log2_full(float x) {
+// x = m 2^e with m in [2/3, 4/3).
+__device__ __forceinline__ float split_exponent(float x, int& e) {
+    e = (int)(__float_as_uint(x) - 0x3F2AAAABu) >> 23;
+    return __uint_as_float(__float_as_uint(x) - ((u32)e << 23));
+}
+
+// log2(1 + f) + e.
+__device__ __forceinline__ float log2_1p(float f, int e) {
     constexpr u32 C[10] = {0x3FB8AA3Bu, 0xBF38AA3Bu, 0x3EF638C7u, 0xBEB8AA54u, 0x3E93B19Bu,
                            0xBE764496u, 0x3E521A22u, 0xBE361A06u, 0x3E40A008u, 0xBE357B8Fu};
-    const int e = (int)(__float_as_uint(x) - 0x3F2AAAABu) >> 23;
-    const float f = __fsub_rn(__uint_as_float(__float_as_uint(x) - ((u32)e << 23)), 1.f);
     return __fmaf_rn(f, horner(C, f), (float)e);
+}
+
+// log2(x) for a positive normal x.
+__device__ __forceinline__ float log2_full(float x) {
+    int e;
+    const float m = split_exponent(x, e);
+    return log2_1p(__fsub_rn(m, 1.f), e);
 }
 
 // The larger one; a NaN in b does not count.

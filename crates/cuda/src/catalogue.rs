@@ -6,6 +6,7 @@ use crate::attention::{AttentionSpec, Tiling};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
 use crate::rows::{QkvPrepSpec, RowOp};
+use crate::sampler::Sampler;
 use crate::{CudaError, Result};
 
 /// (name, outputs, products, kind) of the layers of Qwen3-1.7B and Llama-3.1-8B.
@@ -37,7 +38,7 @@ pub struct Report {
     pub bytes: usize,
 }
 
-/// The kernels that [`plan`] picks for [`LAYERS`] over token counts to 8192, the linear reference, row kernels and attention; each once.
+/// The kernels that [`plan`] picks for [`LAYERS`] over token counts to 8192, the linear reference, row kernels, attention and the sampler; each once.
 pub fn kernels() -> Vec<KernelSource> {
     let mut sources = Vec::new();
     for (_, n, k, kind) in LAYERS {
@@ -48,6 +49,7 @@ pub fn kernels() -> Vec<KernelSource> {
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
+    sources.extend([128_256, 151_936, 1001].into_iter().flat_map(Sampler::sources));
     let mut seen = std::collections::BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources

@@ -87,6 +87,40 @@ impl Pinned {
     }
 }
 
+impl Pinned {
+    /// The words. The caller sees to it that no queued copy into them is still under way.
+    pub fn words(&self) -> &[u32] {
+        // SAFETY: as in `words_mut`.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.words) }
+    }
+
+    /// Queues a copy of the first `words` words of `from` to word `offset`.
+    ///
+    /// # Safety
+    /// The words must not be looked at before the stream has passed the copy, nor be dropped.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn copy_from(
+        &mut self,
+        stream: &Stream,
+        from: &Buffer,
+        words: usize,
+        offset: usize,
+    ) -> Result<()> {
+        assert!(
+            offset + words <= self.words && words * 4 <= from.bytes,
+            "{words} words at {offset} of {}",
+            self.words
+        );
+        // SAFETY: both ranges were just checked; the rest is the caller's promise.
+        self.device.check("cuMemcpyDtoHAsync", unsafe {
+            let to = self.ptr.add(offset).cast();
+            (self.device.api().copy_to_host)(to, from.ptr, words * 4, stream.handle())
+        })
+    }
+}
+
 impl Drop for Pinned {
     fn drop(&mut self) {
         // SAFETY: allocated in `Device::pinned`.
@@ -167,90 +201,6 @@ impl Drop for Allocation {
     fn drop(&mut self) {
         // SAFETY: allocated in `Device::alloc`; cuMemFree waits for work that uses it.
         unsafe { (self.device.api().mem_free)(self.ptr) };
-    }
-}
-
-/// Page-locked host memory: the device copies to and from it while the host goes on.
-pub struct Pinned {
-    device: Device,
-    ptr: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: owned memory behind a pointer.
-unsafe impl Send for Pinned {}
-
-impl Device {
-    /// Allocates `bytes` (at least one) of page-locked host memory, zeroed.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn pinned(&self, bytes: usize) -> Result<Pinned> {
-        let mut ptr = std::ptr::null_mut();
-        // SAFETY: writes one pointer.
-        self.check("cuMemAllocHost", unsafe { (self.api().host_alloc)(&raw mut ptr, bytes.max(1)) })?;
-        // SAFETY: just allocated, of that size.
-        unsafe { ptr.cast::<u8>().write_bytes(0, bytes) };
-        Ok(Pinned { device: self.clone(), ptr: ptr.cast(), bytes })
-    }
-}
-
-impl Pinned {
-    /// The bytes. The caller sees to it that no queued copy into them is still under way.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated with this size and initialised.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
-    }
-
-    /// The bytes, to change. The caller sees to it that no queued copy from or into them is still under way.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `Device::pinned`; the driver waits for copies that use it.
-        unsafe { (self.device.api().host_free)(self.ptr.cast()) };
-    }
-}
-
-impl Buffer {
-    /// Queues a copy of the first `bytes` of `from` to the start of this buffer.
-    ///
-    /// # Safety
-    /// `from` must live and stay unchanged until the stream has passed the copy.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub unsafe fn queue_write(&self, stream: &Stream, from: &Pinned, bytes: usize) -> Result<()> {
-        assert!(bytes <= self.bytes && bytes <= from.bytes, "copy of {bytes} bytes into {}", self.bytes);
-        // SAFETY: sizes were checked; the rest is the caller's promise.
-        self.device.check("cuMemcpyHtoDAsync", unsafe {
-            (self.device.api().copy_to_device)(self.ptr, from.ptr.cast(), bytes, stream.handle())
-        })
-    }
-
-    /// Queues a copy of the first `bytes` of this buffer to byte `offset` of `into`.
-    ///
-    /// # Safety
-    /// `into` must live and not be looked at until the stream has passed the copy.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub unsafe fn queue_read(
-        &self,
-        stream: &Stream,
-        bytes: usize,
-        into: &mut Pinned,
-        offset: usize,
-    ) -> Result<()> {
-        assert!(bytes <= self.bytes && offset + bytes <= into.bytes, "copy of {bytes} bytes at {offset}");
-        // SAFETY: sizes were checked; the rest is the caller's promise.
-        self.device.check("cuMemcpyDtoHAsync", unsafe {
-            (self.device.api().copy_to_host)(into.ptr.add(offset).cast(), self.ptr, bytes, stream.handle())
-        })
     }
 }
 
