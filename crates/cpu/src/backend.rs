@@ -21,6 +21,8 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// The instruction-set path; `None`: the best of the machine.
     pub isa: Option<Isa>,
+    /// The numerics class. [`Class::Hopper`] is an emulation, for audits, at a tenth of the speed.
+    pub class: Class,
     /// False: orders may follow the batch (the unconstrained mode).
     pub batch_invariant: bool,
     /// Ask for one core per worker thread.
@@ -32,11 +34,18 @@ pub struct CpuOptions {
 
 impl Default for CpuOptions {
     fn default() -> Self {
-        Self { threads: None, isa: None, batch_invariant: true, pin: true, first_core: 0 }
+        Self {
+            threads: None,
+            isa: None,
+            class: Class::Portable,
+            batch_invariant: true,
+            pin: true,
+            first_core: 0,
+        }
     }
 }
 
-/// The CPU as a [`Backend`] of class `portable`: one rank, all threads of one process.
+/// The CPU as a [`Backend`] of class `portable`, or emulating `hopper`: one rank, all threads of one process.
 pub struct CpuBackend {
     workers: Workers,
     split: KSplit,
@@ -51,7 +60,11 @@ impl CpuBackend {
         let threads = options.threads.unwrap_or_else(cores).max(1);
         let split = if options.batch_invariant { KSplit::ByWeight } else { KSplit::ByRows };
         let first_core = options.pin.then_some(options.first_core);
-        Ok(Self { workers: Workers::new(isa, threads, first_core), split, batch: BatchInputs::default() })
+        Ok(Self {
+            workers: Workers::new(isa, options.class, threads, first_core),
+            split,
+            batch: BatchInputs::default(),
+        })
     }
 
     /// The instruction-set path in use.
@@ -82,7 +95,7 @@ impl Backend for CpuBackend {
     }
 
     fn class(&self) -> Class {
-        Class::Portable
+        self.workers.class
     }
 
     fn batch_invariant(&self) -> bool {
@@ -102,7 +115,7 @@ impl Backend for CpuBackend {
     }
 
     fn weight(&self, desc: &LinearDesc, data: HostTensor<'_>) -> Result<Weight> {
-        Weight::pack(desc, &data, self.threads())
+        Weight::pack(self.workers.class, desc, &data, self.threads())
     }
 
     fn param(&self, name: &str, data: HostTensor<'_>) -> Result<Param> {

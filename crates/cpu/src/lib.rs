@@ -8,6 +8,7 @@
 
 mod attention;
 mod backend;
+mod hopper;
 mod isa;
 mod kv;
 mod linear;

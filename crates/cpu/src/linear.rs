@@ -6,6 +6,7 @@ use bitfast_ops::contract::Join;
 use bitfast_ops::{Result, bf16, exact};
 
 use crate::Isa;
+use crate::hopper::{self, AStep};
 use crate::micro::{self, AForm, B_TILE, CHUNK, Init, Path, PathSession, TILE_N, Tile};
 use crate::pool::share;
 use crate::simd::per_isa;
@@ -77,11 +78,12 @@ pub(crate) fn linear(
     assert_eq!(x.cols(), w.desc().k, "columns of the input of {}", w.desc().name);
     assert!(rows <= x.rows(), "{rows} rows of {}", x.rows());
     let (isa, threads) = (workers.isa, workers.threads());
-    let path = Path::choose(isa, rows);
+    let path = Path::of(workers.class, isa, rows);
     let leaves = Leaves::of(split, w, rows, threads);
     let (a, a_stride) = match path.a_form() {
         AForm::Bf16 => x.bytes(),
         AForm::F32 => widen_rows(workers, x, rows, w.chunks() * CHUNK)?,
+        AForm::Hopper => hopper_rows(workers, x, rows, w.chunks() * CHUNK)?,
     };
     let blocks = RowBlocks::new(path, rows, a_stride);
     workers.reserve(leaves.count * blocks.capacity * PANEL_N * 4)?;
@@ -124,7 +126,7 @@ impl RowBlocks {
         let (size, capacity) = match path.a_form() {
             AForm::Bf16 => (32, 32),
             // Multiples of what the kernels take, evenly filled.
-            AForm::F32 => (rows.div_ceil(rows.div_ceil(24)), 24),
+            AForm::F32 | AForm::Hopper => (rows.div_ceil(rows.div_ceil(24)), 24),
         };
         let blocks = rows.div_ceil(size);
         let groups = blocks.div_ceil((GROUP_BYTES / (size * a_stride)).max(1));
@@ -205,7 +207,6 @@ impl Job<'_> {
 
     fn product(&self, first_row: usize, rows: usize, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) {
         let (b, b_chunk) = self.w.tile(tiles.start, chunks.start);
-        let element = if self.path.a_form() == AForm::Bf16 { 2 } else { 4 };
         // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
         // one panel; C is this thread's block.
         unsafe {
@@ -215,7 +216,9 @@ impl Job<'_> {
                     rows,
                     tiles: tiles.len(),
                     chunks: chunks.len(),
-                    a: self.a.add(first_row * self.a_stride + chunks.start * CHUNK * element),
+                    a: self
+                        .a
+                        .add(first_row * self.a_stride + chunks.start * CHUNK * self.path.a_form().bytes()),
                     a_stride: self.a_stride,
                     b,
                     b_chunk,
@@ -250,6 +253,22 @@ fn widen_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Resul
         }
     });
     Ok((start as *const u8, stride * 4))
+}
+
+/// The same as steps of class `hopper`.
+fn hopper_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Result<(*const u8, usize)> {
+    // Steps of a row; it ends with a cache line that nobody uses.
+    let (steps, stride) = (k / hopper::STEP, k * hopper::A_BYTES + 64);
+    workers.widened.reserve(rows * stride)?;
+    let start = workers.widened.ptr() as usize;
+    workers.run_ranges(rows, k, |mine| {
+        for row in mine {
+            // SAFETY: row `row` of the buffer, written by this thread alone; a cache line suits an `AStep`.
+            let out = unsafe { std::slice::from_raw_parts_mut((start + row * stride) as *mut AStep, steps) };
+            hopper::pack_row(x.row(row), out);
+        }
+    });
+    Ok((start as *const u8, stride))
 }
 
 per_isa! {

@@ -4,8 +4,8 @@
 //! side by side; a tile is `[16 pairs of k][16 outputs][2]` bf16 = 1 KiB. What a thread reads in an op is thus
 //! one stream through memory.
 
-use bitfast_ops::contract::{Class, KOrder};
-use bitfast_ops::{BackendError, HostTensor, LinearDesc, LinearKind, Result, bf16};
+use bitfast_ops::contract::KOrder;
+use bitfast_ops::{BackendError, Class, HostTensor, LinearDesc, LinearKind, Result, bf16};
 
 use crate::memory::Memory;
 use crate::micro::{B_TILE, CHUNK, TILE_N};
@@ -26,13 +26,18 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Packs the global matrix `[n, k]`.
-    pub(crate) fn pack(desc: &LinearDesc, data: &HostTensor<'_>, threads: usize) -> Result<Self> {
+    /// Packs the global matrix `[n, k]`; its order is that of `class`.
+    pub(crate) fn pack(
+        class: Class,
+        desc: &LinearDesc,
+        data: &HostTensor<'_>,
+        threads: usize,
+    ) -> Result<Self> {
         if desc.experts.is_some() {
             return Err(BackendError::Unsupported { backend: "cpu", op: "mixture of experts" });
         }
         assert_eq!(data.dims2(), (desc.n, desc.k), "weight {}: [n, k]", desc.name);
-        let order = desc.k_order(Class::Portable);
+        let order = desc.k_order(class);
         let tiles = match desc.kind {
             LinearKind::GateUp => {
                 assert!(desc.n.is_multiple_of(2), "gate_up {} with {} outputs", desc.name, desc.n);
@@ -151,7 +156,8 @@ mod tests {
             let data = matrix(n, k);
             for threads in [1, 3] {
                 let host = HostTensor::new(vec![n, k], data.clone());
-                let w = Weight::pack(&desc(LinearKind::Vocab, n, k), &host, threads).unwrap();
+                let w =
+                    Weight::pack(Class::Portable, &desc(LinearKind::Vocab, n, k), &host, threads).unwrap();
                 for row in 0..n {
                     let mut out = vec![bf16::ZERO; k];
                     w.unpack_row(row, &mut out);
@@ -166,7 +172,7 @@ mod tests {
     fn gate_and_up_tiles_alternate() {
         let data = matrix(40, 32);
         let host = HostTensor::new(vec![40, 32], data.clone());
-        let w = Weight::pack(&desc(LinearKind::GateUp, 40, 32), &host, 1).unwrap();
+        let w = Weight::pack(Class::Portable, &desc(LinearKind::GateUp, 40, 32), &host, 1).unwrap();
         assert_eq!(w.tiles(), 4);
         for (tile, lane, row) in
             [(0, 0, Some(0)), (1, 0, Some(20)), (2, 3, Some(19)), (3, 3, Some(39)), (3, 4, None)]

@@ -1,7 +1,7 @@
 use std::cell::UnsafeCell;
 use std::ops::Range;
 
-use bitfast_ops::Result;
+use bitfast_ops::{Class, Result};
 
 use crate::Isa;
 use crate::memory::Memory;
@@ -13,9 +13,10 @@ const SMALL: usize = 1 << 13;
 /// The pool with what its threads write while they work.
 pub(crate) struct Workers {
     pub isa: Isa,
+    pub class: Class,
     pool: Pool,
     scratch: Vec<Slot>,
-    /// Rows widened to fp32, shared by all threads of an op.
+    /// Rows in the form that the path wants, shared by all threads of an op.
     pub widened: Buffer,
     /// Results of attention splits, shared by all threads of an op.
     pub partials: Buffer,
@@ -28,10 +29,11 @@ struct Slot(UnsafeCell<Buffer>);
 unsafe impl Sync for Slot {}
 
 impl Workers {
-    pub fn new(isa: Isa, threads: usize, first_core: Option<usize>) -> Self {
+    pub fn new(isa: Isa, class: Class, threads: usize, first_core: Option<usize>) -> Self {
         let scratch = (0..threads).map(|_| Slot(UnsafeCell::new(Buffer::default()))).collect();
         Self {
             isa,
+            class,
             pool: Pool::new(threads, first_core),
             scratch,
             widened: Buffer::default(),

@@ -60,7 +60,12 @@ fn attn_desc(shape: Shape) -> AttnDesc {
 }
 
 /// Rotated queries of a whole sequence, attention outputs of its last [`CHECKED_ROWS`] rows.
-fn reference_rows(shape: Shape, seq: &Sequence, norms: Option<&[Vec<bf16>; 2]>) -> (Vec<bf16>, Vec<bf16>) {
+fn reference_rows(
+    class: Class,
+    shape: Shape,
+    seq: &Sequence,
+    norms: Option<&[Vec<bf16>; 2]>,
+) -> (Vec<bf16>, Vec<bf16>) {
     let Shape { heads, kv_heads, head_dim } = shape;
     let column = |from: usize, len: usize| -> Vec<bf16> {
         seq.qkv
@@ -79,14 +84,7 @@ fn reference_rows(shape: Shape, seq: &Sequence, norms: Option<&[Vec<bf16>; 2]>) 
     reference::rope(&mut q, head_dim, &table(shape), &positions);
     reference::rope(&mut k, head_dim, &table(shape), &positions);
     let first = seq.tokens().saturating_sub(CHECKED_ROWS);
-    let out = reference::attention(
-        Class::Portable,
-        attn_desc(shape),
-        first,
-        &q[first * heads * head_dim..],
-        &k,
-        &v,
-    );
+    let out = reference::attention(class, attn_desc(shape), first, &q[first * heads * head_dim..], &k, &v);
     (q, out)
 }
 
@@ -156,19 +154,22 @@ fn run(
 }
 
 fn check(
+    class: Class,
     shape: Shape,
     block_sizes: &[usize],
     threads: &[usize],
     seqs: &[Sequence],
     norms: Option<&[Vec<bf16>; 2]>,
 ) {
-    let expected: Vec<_> = seqs.iter().map(|s| reference_rows(shape, s, norms)).collect();
+    let expected: Vec<_> = seqs.iter().map(|s| reference_rows(class, shape, s, norms)).collect();
     for isa in isas() {
         for &block_size in block_sizes {
             for &threads in threads {
-                let got = run(&mut backend(isa, threads), shape, block_size, seqs, norms);
+                let got = run(&mut backend_of(class, isa, threads), shape, block_size, seqs, norms);
                 for (i, ((q, out), (q_ref, out_ref))) in got.iter().zip(&expected).enumerate() {
-                    let what = format!("{isa} {shape:?} block {block_size}, {threads} threads, sequence {i}");
+                    let what = format!(
+                        "{class:?} {isa} {shape:?} block {block_size}, {threads} threads, sequence {i}"
+                    );
                     assert!(bits(q) == bits(q_ref), "queries: {what}");
                     let width = shape.heads * shape.head_dim;
                     let out = &out[out.len() - out_ref.len()..];
@@ -192,7 +193,7 @@ fn groups_and_head_dims_equal_the_reference() {
             Sequence::new(Inputs::Plain, 2, shape, &[1, 1, 63]),
             Sequence::new(Inputs::Plain, 3, shape, &[7]),
         ];
-        check(shape, &[32], &[2], &seqs, None);
+        CLASSES.into_iter().for_each(|class| check(class, shape, &[32], &[2], &seqs, None));
     }
 }
 
@@ -205,14 +206,16 @@ fn block_sizes_cuts_and_threads_do_not_matter() {
         Sequence::new(Inputs::Plain, 4, shape, &[16, 64, 49, 1]),
         Sequence::new(Inputs::Plain, 4, shape, &[1, 1, 1, 127]),
     ];
-    check(shape, &[32, 64, 128], &[1, 2, 3], &seqs, Some(&norms));
+    CLASSES
+        .into_iter()
+        .for_each(|class| check(class, shape, &[32, 64, 128], &[1, 2, 3], &seqs, Some(&norms)));
 }
 
 #[test]
 fn splits_fold_in_order() {
     let shape = Shape { heads: 2, kv_heads: 1, head_dim: 64 };
     let seqs = [Sequence::new(Inputs::Plain, 5, shape, &[500, 30, 480, 17, 1, 1])];
-    check(shape, &[32], &[2], &seqs, None);
+    CLASSES.into_iter().for_each(|class| check(class, shape, &[32], &[2], &seqs, None));
 }
 
 /// Scores far apart: probabilities that vanish, rescaling by many powers of two, flushed sums.
@@ -221,7 +224,7 @@ fn wide_and_tiny_inputs_equal_the_reference() {
     let shape = Shape { heads: 3, kv_heads: 1, head_dim: 64 };
     for inputs in [Inputs::Wide, Inputs::Tiny] {
         let seqs = [Sequence::new(inputs, 6, shape, &[70, 1, 16])];
-        check(shape, &[32, 64], &[1], &seqs, None);
+        CLASSES.into_iter().for_each(|class| check(class, shape, &[32, 64], &[1], &seqs, None));
     }
 }
 
@@ -230,7 +233,7 @@ fn wide_and_tiny_inputs_equal_the_reference() {
 fn a_shifted_rotation_is_caught() {
     let shape = Shape { heads: 2, kv_heads: 1, head_dim: 64 };
     let seq = Sequence::new(Inputs::Plain, 7, shape, &[40]);
-    let (_, expected) = reference_rows(shape, &seq, None);
+    let (_, expected) = reference_rows(Class::Portable, shape, &seq, None);
     let shifted = Sequence { qkv: seq.qkv[shape.row()..].to_vec(), cuts: vec![39] };
     let got = run(&mut backend(Isa::detect(), 1), shape, 32, &[shifted], None);
     assert_ne!(bits(&got[0].1), bits(&expected[shape.heads * shape.head_dim..]));

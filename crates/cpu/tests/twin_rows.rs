@@ -38,8 +38,8 @@ fn run_linear(b: &mut CpuBackend, kind: LinearKind, n: usize, k: usize, x: &[bf1
     }
 }
 
-fn reference_linear(kind: LinearKind, n: usize, k: usize, x: &[bf16], w: &[bf16]) -> Vec<u32> {
-    let (class, order) = (Class::Portable, desc(kind, n, k).k_order(Class::Portable));
+fn reference_linear(class: Class, kind: LinearKind, n: usize, k: usize, x: &[bf16], w: &[bf16]) -> Vec<u32> {
+    let order = desc(kind, n, k).k_order(class);
     let wide = |x: Vec<bf16>| x.into_iter().map(|x| x.to_bits() as u32).collect();
     match kind {
         LinearKind::Vocab => bits_f32(&reference::linear_f32(class, order, x, w, k)),
@@ -63,12 +63,15 @@ fn linear_layers_equal_the_reference() {
             let w = inputs.values(1, n * k);
             let x = inputs.values(2, 63 * k);
             // A row's results do not depend on the number of rows, so one reference serves all.
-            let expected = reference_linear(kind, n, k, &x, &w);
-            for &isa in &isas {
-                for rows in ROWS {
-                    let got = run_linear(&mut backend(isa, 2), kind, n, k, &x[..rows * k], &w);
-                    let what = format!("{isa} {kind:?} {inputs:?} [{rows}, {n}, {k}]");
-                    assert!(got == expected[..got.len()], "{what}");
+            for class in CLASSES {
+                let expected = reference_linear(class, kind, n, k, &x, &w);
+                for &isa in &isas {
+                    for rows in ROWS {
+                        let mut b = backend_of(class, isa, 2);
+                        let got = run_linear(&mut b, kind, n, k, &x[..rows * k], &w);
+                        let what = format!("{class:?} {isa} {kind:?} {inputs:?} [{rows}, {n}, {k}]");
+                        assert!(got == expected[..got.len()], "{what}");
+                    }
                 }
             }
         }
@@ -104,11 +107,22 @@ fn large_batches_equal_their_rows() {
 /// Negative control: K in the order of another shape must be seen.
 #[test]
 fn another_leaf_count_is_caught() {
-    let (n, k, rows) = (200, 512, 40);
-    let (x, w) = (Inputs::Plain.values(5, rows * k), Inputs::Plain.values(6, n * k));
-    let got = run_linear(&mut backend(Isa::detect(), 1), LinearKind::Row, n, k, &x, &w);
-    assert!(got == reference_linear(LinearKind::Row, n, k, &x, &w));
-    assert!(got != reference_linear(LinearKind::Column, n, k, &x, &w));
+    for (class, k) in [(Class::Portable, 512), (Class::Hopper, 1024)] {
+        let (n, rows) = (40, 12);
+        let mut x = Inputs::Plain.values(5, rows * k);
+        let mut w = Inputs::Plain.values(6, n * k);
+        // The second half of K undoes the first: leaves cancel exactly, one chain leaves its roundings behind.
+        for x in x.chunks_mut(k) {
+            x.copy_within(..k / 2, k / 2);
+        }
+        for w in w.chunks_mut(k) {
+            let (first, second) = w.split_at_mut(k / 2);
+            first.iter().zip(second).for_each(|(w, undo)| *undo = -*w);
+        }
+        let got = run_linear(&mut backend_of(class, Isa::detect(), 1), LinearKind::Row, n, k, &x, &w);
+        assert!(got == reference_linear(class, LinearKind::Row, n, k, &x, &w));
+        assert!(got != reference_linear(class, LinearKind::Column, n, k, &x, &w));
+    }
 }
 
 /// Negative control: the unconstrained mode's order follows the batch.
@@ -124,6 +138,7 @@ fn the_unconstrained_mode_depends_on_the_batch() {
                 batch_invariant: invariant,
                 pin: false,
                 first_core: 0,
+                class: Class::Portable,
             };
             let mut b = CpuBackend::new(&options).unwrap();
             assert_eq!(b.batch_invariant(), invariant);

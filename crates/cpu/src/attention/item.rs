@@ -6,6 +6,7 @@ use bitfast_ops::{AttnDesc, SeqInput, bf16};
 use super::Item;
 use super::softmax::{Folded, RowState, S_STRIDE, softmax_tile};
 use crate::Isa;
+use crate::hopper::{self, AStep};
 use crate::kv::{HeadBlock, HeadShape, Kv, V_CHUNK};
 use crate::micro::{self, AForm, CHUNK, Init, Path, ROW_ALIGN, TILE_N, Tile};
 use crate::tensor::Tensor;
@@ -29,12 +30,13 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    pub fn new(shape: HeadShape, rows: usize) -> Self {
+    /// For products of `rows` rows at most, whose A takes up to `a_bytes` a product.
+    pub fn new(shape: HeadShape, rows: usize, a_bytes: usize) -> Self {
         // A product may begin at any row and touches whole tiles of rows from there.
         let rows = rows.next_multiple_of(ROW_ALIGN) + ROW_ALIGN;
-        // Bytes per row, for the wider form of A; odd numbers of cache lines.
-        let q_stride = shape.k_chunks() * CHUNK * 4 + 64;
-        let p_stride = ATTN_TILE_KEYS * 4 + 64;
+        // Bytes per row, for the widest form of A; odd numbers of cache lines.
+        let q_stride = shape.k_chunks() * CHUNK * a_bytes + 64;
+        let p_stride = ATTN_TILE_KEYS * a_bytes + 64;
         let o_len = shape.v_tiles() * TILE_N;
         let s = rows * q_stride;
         let p = s + rows * S_STRIDE * 4;
@@ -149,6 +151,10 @@ impl<'a> ItemRun<'a> {
                         crate::simd::widen(self.isa, head, &mut a[..d]);
                         a[d..].fill(0.0);
                     }
+                    AForm::Hopper => {
+                        let steps = padded / hopper::STEP;
+                        hopper::pack_row(head, std::slice::from_raw_parts_mut(a.cast::<AStep>(), steps));
+                    }
                 }
             }
         }
@@ -187,7 +193,6 @@ impl<'a> ItemRun<'a> {
         let state = &mut state[first..];
         softmax_tile(self.isa, state, s, self.desc.scale_log2, tile, o, o_len, form, p, p_stride);
         let values = |key: usize| self.block(key).values(key % self.shape.block_size);
-        let element = if form == AForm::Bf16 { 2 } else { 4 };
         // Many rows: one product over both chunks saves O a way through memory. Few rows: each chunk fetches the
         // one that follows it.
         let chunks = if rows > MANY_ROWS && end - tile > V_CHUNK { 2 } else { 1 };
@@ -198,7 +203,7 @@ impl<'a> ItemRun<'a> {
                 rows,
                 tiles: self.shape.v_tiles(),
                 chunks,
-                a: p.wrapping_add((key - tile) * element),
+                a: p.wrapping_add((key - tile) * form.bytes()),
                 a_stride: p_stride,
                 b,
                 b_chunk: if chunks == 2 { distance(key + V_CHUNK) } else { 0 },

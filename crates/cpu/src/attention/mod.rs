@@ -9,10 +9,10 @@ mod softmax;
 use std::ops::Range;
 
 use bitfast_ops::contract::ATTN_SPLIT_KEYS;
-use bitfast_ops::{AttnDesc, BatchInputs, Result, SeqInput};
+use bitfast_ops::{AttnDesc, BatchInputs, Class, Result, SeqInput};
 
 use crate::kv::Kv;
-use crate::micro::{Path, PathSession};
+use crate::micro::{AForm, Path, PathSession};
 use crate::tensor::{Tensor, TensorMut};
 use crate::workers::Workers;
 use item::{ItemRun, Parts};
@@ -41,6 +41,7 @@ impl Item {
 /// An op in progress, as every thread sees it.
 struct Job<'a> {
     isa: crate::Isa,
+    class: Class,
     batch: &'a BatchInputs,
     desc: AttnDesc,
     parts: Parts,
@@ -66,9 +67,10 @@ pub(crate) fn attention(
     let group = desc.heads / desc.kv_heads;
     let items = items(batch, desc.kv_heads, (ITEM_ROWS / group).max(1));
     let most_rows = items.iter().map(|i| i.rows.len() * group).max().unwrap_or(0);
-    let parts = Parts::new(shape, most_rows);
+    let a_bytes = Path::of(workers.class, workers.isa, most_rows).a_form().bytes().max(AForm::F32.bytes());
+    let parts = Parts::new(shape, most_rows, a_bytes);
     workers.reserve(parts.bytes)?;
-    let job = Job { isa: workers.isa, batch, desc, parts, items, q, kv, out };
+    let job = Job { isa: workers.isa, class: workers.class, batch, desc, parts, items, q, kv, out };
     // (item, split) of every piece.
     let pieces: Vec<(usize, usize)> = (0..job.items.len())
         .flat_map(|i| (0..job.items[i].splits(&batch.seqs[job.items[i].seq])).map(move |split| (i, split)))
@@ -98,7 +100,7 @@ fn items(batch: &BatchInputs, kv_heads: usize, rows_per_item: usize) -> Vec<Item
 impl Job<'_> {
     fn item(&self, i: usize, scratch: *mut u8) -> (ItemRun<'_>, PathSession) {
         let item = &self.items[i];
-        let path = Path::choose(self.isa, item.rows.len() * (self.desc.heads / self.desc.kv_heads));
+        let path = Path::of(self.class, self.isa, item.rows.len() * (self.desc.heads / self.desc.kv_heads));
         let run = ItemRun {
             isa: self.isa,
             path,

@@ -3,6 +3,7 @@
 use bitfast_ops::contract::ATTN_TILE_KEYS;
 use bitfast_ops::{bf16, exact};
 
+use crate::hopper::{self, AStep};
 use crate::micro::AForm;
 use crate::simd::per_isa;
 
@@ -81,6 +82,11 @@ per_isa! {
                 AForm::F32 => {
                     // SAFETY: as above.
                     exact::widen(&rounded, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() });
+                }
+                AForm::Hopper => {
+                    // SAFETY: as above.
+                    let steps = unsafe { &mut *p.cast::<[AStep; ATTN_TILE_KEYS / hopper::STEP]>() };
+                    hopper::pack_row(&rounded, steps);
                 }
             }
         }

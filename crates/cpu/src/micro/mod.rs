@@ -4,7 +4,10 @@
 //! Architecture invariant: every path performs the same operations in the same order for each element of C,
 //! whatever the shape of the block around it. What a path may choose is which elements run side by side.
 
+use bitfast_ops::Class;
+
 use crate::Isa;
+use crate::hopper;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -32,6 +35,19 @@ pub(crate) enum AForm {
     Bf16,
     /// The same numbers widened to fp32.
     F32,
+    /// Widened, with their exponents beside them ([`hopper::AStep`]).
+    Hopper,
+}
+
+impl AForm {
+    /// Bytes per product.
+    pub fn bytes(self) -> usize {
+        match self {
+            AForm::Bf16 => 2,
+            AForm::F32 => 4,
+            AForm::Hopper => hopper::A_BYTES,
+        }
+    }
 }
 
 /// A path for one block of rows.
@@ -44,9 +60,19 @@ pub(crate) enum Path {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// The order of class `hopper`; all others are `portable`.
+    Hopper(hopper::Kernel),
 }
 
 impl Path {
+    /// The path of a class: as [`Path::choose`] where there is a choice.
+    pub fn of(class: Class, isa: Isa, rows: usize) -> Path {
+        match class {
+            Class::Portable => Path::choose(isa, rows),
+            Class::Hopper => Path::Hopper(hopper::Kernel::choose(isa)),
+        }
+    }
+
     /// The path that `isa` takes for blocks of `rows` rows: a matter of speed only.
     #[cfg(target_arch = "x86_64")]
     pub fn choose(isa: Isa, rows: usize) -> Path {
@@ -71,6 +97,7 @@ impl Path {
         match self {
             #[cfg(target_arch = "x86_64")]
             Path::Amx => AForm::Bf16,
+            Path::Hopper(_) => AForm::Hopper,
             _ => AForm::F32,
         }
     }
@@ -135,7 +162,7 @@ impl Tile {
     ///
     /// # Safety
     /// C must be writable.
-    unsafe fn prepare_c(&self) {
+    pub unsafe fn prepare_c(&self) {
         if self.init == Init::Zero {
             for row in 0..self.rows {
                 for tile in 0..self.tiles {
@@ -167,6 +194,7 @@ pub(crate) unsafe fn product(path: Path, t: Tile) {
             Path::Avx512 => avx512::product(t),
             #[cfg(target_arch = "x86_64")]
             Path::Amx => amx::product(t),
+            Path::Hopper(kernel) => hopper::product(kernel, t),
         }
     }
 }

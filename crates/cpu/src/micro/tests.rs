@@ -86,6 +86,7 @@ impl Case {
         let (a, size) = match path.a_form() {
             AForm::Bf16 => (self.a16.as_ptr().cast::<u8>(), 2),
             AForm::F32 => (self.a32.as_ptr().cast::<u8>(), 4),
+            AForm::Hopper => unreachable!("its tests are its own"),
         };
         let _session = PathSession::enter(path);
         // SAFETY: the vectors have the sizes that the tile describes, rows padded to 32.

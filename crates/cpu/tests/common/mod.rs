@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa, Tensor};
-use bitfast_ops::{Backend, BatchInputs, Dtype, HostTensor, LinearDesc, LinearKind, SeqInput, bf16};
+use bitfast_ops::{Backend, BatchInputs, Class, Dtype, HostTensor, LinearDesc, LinearKind, SeqInput, bf16};
 
 /// The instruction-set paths of this machine; the missing ones are said aloud.
 pub fn isas() -> Vec<Isa> {
@@ -14,8 +14,15 @@ pub fn isas() -> Vec<Isa> {
     here
 }
 
+pub const CLASSES: [Class; 2] = [Class::Portable, Class::Hopper];
+
 pub fn backend(isa: Isa, threads: usize) -> CpuBackend {
-    let options = CpuOptions { isa: Some(isa), threads: Some(threads), pin: false, ..CpuOptions::default() };
+    backend_of(Class::Portable, isa, threads)
+}
+
+pub fn backend_of(class: Class, isa: Isa, threads: usize) -> CpuBackend {
+    let options =
+        CpuOptions { class, isa: Some(isa), threads: Some(threads), pin: false, ..CpuOptions::default() };
     CpuBackend::new(&options).unwrap()
 }
 
