@@ -53,6 +53,7 @@ pub(crate) fn fleet(
                     first_core: mine.start,
                     // More engines than threads: they take turns on the cores, as the system likes.
                     pin: threads >= args.data_parallel_size,
+                    ..CpuOptions::default()
                 };
                 CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))
             });
