@@ -25,7 +25,8 @@ pub struct CpuOptions {
     pub class: Class,
     /// False: orders may follow the batch (the unconstrained mode).
     pub batch_invariant: bool,
-    /// Ask for one core per worker thread.
+    /// Ask for one core per thread. The thread that runs the steps, if others help it, is moved to its core by its first
+    /// [`Backend::begin`] and stays there.
     pub pin: bool,
     /// Thread `i` is meant for core number `first_core + i` of those that the process may use: backends that
     /// share a machine get cores of their own.
@@ -143,6 +144,7 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
+        self.workers.pin_caller();
         self.batch.clone_from(batch);
         Ok(())
     }

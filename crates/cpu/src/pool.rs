@@ -10,7 +10,7 @@ use std::hint::spin_loop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::{JoinHandle, yield_now};
+use std::thread::{JoinHandle, ThreadId, yield_now};
 
 /// Spins before a worker sleeps: some 100 us, longer than the gaps inside a step.
 const SPINS_BEFORE_SLEEP: usize = 3000;
@@ -47,11 +47,14 @@ unsafe impl Send for Shared {}
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Where the caller is to run: on a worker's core the two would take turns, milliseconds at a time.
+    caller_core: Option<usize>,
+    pinned_caller: Option<ThreadId>,
 }
 
 impl Pool {
     /// A pool of `threads` threads, the caller of [`Pool::run`] among them (so 1 starts none). `first_core` asks
-    /// for one core per worker, from that allowed core on; a refusal, or too few cores, is ignored.
+    /// for one core per thread, from that allowed core on; a refusal, or too few cores, is ignored.
     pub fn new(threads: usize, first_core: Option<usize>) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -64,10 +67,12 @@ impl Pool {
         });
         let cores: Vec<usize> =
             first_core.map(|first| allowed_cores().into_iter().skip(first).collect()).unwrap_or_default();
+        // A thread without helpers has nothing to stay apart from.
+        let core_of = |id: usize| (threads > 1 && cores.len() >= threads).then(|| cores[id]);
         let workers = (1..threads)
             .map(|id| {
                 let shared = shared.clone();
-                let core = (cores.len() >= threads).then(|| cores[id]);
+                let core = core_of(id);
                 std::thread::Builder::new()
                     .name(format!("bitfast-cpu-{id}"))
                     .spawn(move || {
@@ -79,12 +84,23 @@ impl Pool {
                     .expect("the system starts a thread")
             })
             .collect();
-        Self { shared, workers }
+        Self { shared, workers, caller_core: core_of(0), pinned_caller: None }
     }
 
     /// Threads, the caller included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Keeps the calling thread on the pool's first core from now on. For the thread that calls [`Pool::run`].
+    pub fn pin_caller(&mut self) {
+        let caller = Some(std::thread::current().id());
+        if let Some(core) = self.caller_core
+            && self.pinned_caller != caller
+        {
+            pin_to(core);
+            self.pinned_caller = caller;
+        }
     }
 
     /// Calls `job(0)` here and `job(i)` on each worker that comes in time; returns when all calls have
@@ -222,17 +238,29 @@ impl Items {
     }
 }
 
-/// Cores that this process may use, ascending; empty when the system does not say.
+/// Cores that this process may use, the first hardware thread of every physical core before the
+/// others, ascending; empty when the system does not say.
 #[cfg(target_os = "linux")]
 fn allowed_cores() -> Vec<usize> {
     // SAFETY: an all-zero cpu_set_t is valid, and the kernel writes at most its size.
-    unsafe {
+    let cores: Vec<usize> = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) != 0 {
             return Vec::new();
         }
         (0..libc::CPU_SETSIZE as usize).filter(|core| libc::CPU_ISSET(*core, &set)).collect()
-    }
+    };
+    let list = |core| {
+        let path = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
+        std::fs::read_to_string(path).unwrap_or_default()
+    };
+    let siblings: Vec<String> = cores.iter().map(|core| list(*core)).collect();
+    // How many of the usable siblings come before a core.
+    let turn = |i: usize| siblings[..i].iter().filter(|s| !s.is_empty() && **s == siblings[i]).count();
+    let turns: Vec<usize> = (0..cores.len()).map(turn).collect();
+    let mut order: Vec<usize> = (0..cores.len()).collect();
+    order.sort_by_key(|i| turns[*i]);
+    order.into_iter().map(|i| cores[i]).collect()
 }
 
 #[cfg(target_os = "linux")]

@@ -45,6 +45,11 @@ impl Workers {
         self.pool.threads()
     }
 
+    /// Keeps the calling thread, which runs the steps, on the pool's first core.
+    pub fn pin_caller(&mut self) {
+        self.pool.pin_caller();
+    }
+
     /// Makes every thread's scratch at least `bytes` long.
     pub fn reserve(&mut self, bytes: usize) -> Result<()> {
         self.scratch.iter_mut().try_for_each(|slot| slot.0.get_mut().reserve(bytes))
