@@ -249,12 +249,14 @@ fn seconds(metrics: &RequestMetrics) -> Metrics {
 mod tests {
     use super::*;
     use crate::params::{Limits, SamplingParams};
+    use crate::structured::Grammars;
     use bitfast_model::GenerationConfig;
     use bitfast_text::StopStrings;
 
     fn assembler(params: SamplingParams, eos: &[u32]) -> Assembler {
         let defaults = GenerationConfig::default();
-        let limits = Limits { defaults: &defaults, tokenizer: None, vocab_size: 1000 };
+        let grammars = Grammars::default();
+        let limits = Limits { defaults: &defaults, tokenizer: None, grammars: &grammars, vocab_size: 1000 };
         let (sampling, text) = params.lower(&limits).unwrap();
         Assembler::new(Setup {
             request_id: "r".into(),

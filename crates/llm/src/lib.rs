@@ -21,6 +21,7 @@ mod output;
 mod params;
 mod request;
 mod start;
+mod structured;
 
 pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
 pub use assemble::{Assembler, Chunk, Step};
@@ -38,3 +39,4 @@ pub use output::{
 };
 pub use params::SamplingParams;
 pub use request::{Prompt, Request, Stream};
+pub use structured::Structured;

@@ -15,6 +15,7 @@ use crate::load;
 use crate::output::RequestOutput;
 use crate::params::{Limits, SamplingParams};
 use crate::request::{Prompt, Request, Stream};
+use crate::structured::{Grammars, Structured};
 
 /// A model that answers: its engines (one, unless `data_parallel_size` says otherwise), its tokenizer and its chat
 /// template.
@@ -41,6 +42,7 @@ pub struct LLM {
     generation: GenerationConfig,
     model: String,
     next_id: AtomicU64,
+    grammars: Grammars,
 }
 
 impl LLM {
@@ -59,6 +61,7 @@ impl LLM {
             generation: parts.generation,
             model: args.model,
             next_id: AtomicU64::new(0),
+            grammars: Grammars::default(),
         })
     }
 
@@ -152,6 +155,7 @@ impl LLM {
         let limits = Limits {
             defaults: &self.generation,
             tokenizer: self.tokenizer.as_ref(),
+            grammars: &self.grammars,
             vocab_size: info.vocab_size,
         };
         let (sampling, text) = params.lower(&limits)?;
@@ -180,6 +184,12 @@ impl LLM {
             cache_salt: params.cache_salt,
         };
         Ok((assembler, self.fleet.submit_with(request, data_parallel_rank, sink)?))
+    }
+
+    /// Compiles a constraint ahead of the requests that have it, and says what is wrong with it. What was compiled
+    /// lately is kept, so a server can do this on a thread that may take its time.
+    pub fn check_structured(&self, structured: &Structured) -> Result<()> {
+        self.grammars.constraint(structured, self.tokenizer.as_ref()).map(drop)
     }
 
     /// Runs requests, as many at a time as the engine takes, drawing from `requests` as it goes. `on_end` gets

@@ -8,6 +8,7 @@ use bitfast_text::{SpecialTokens, StopStrings, StopText, Tokenizer};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::structured::{Grammars, Structured};
 
 /// How to generate. A field that is `None` takes the model's default (its `generation_config.json`), else
 /// OpenAI's. In JSON the names are the same, unknown names are refused.
@@ -66,6 +67,8 @@ pub struct SamplingParams {
     pub bad_words: Vec<String>,
     /// Keep only the last so many tokens of the prompt.
     pub truncate_prompt_tokens: Option<u32>,
+    /// What the whole answer must be.
+    pub structured_outputs: Option<Structured>,
     /// Lower runs first under the priority policy.
     pub priority: i32,
     /// Separates prefix-cache entries of different tenants.
@@ -97,6 +100,7 @@ impl Default for SamplingParams {
             allowed_token_ids: None,
             bad_words: Vec::new(),
             truncate_prompt_tokens: None,
+            structured_outputs: None,
             priority: 0,
             cache_salt: None,
         }
@@ -124,6 +128,7 @@ pub(crate) struct TextParams {
 pub(crate) struct Limits<'a> {
     pub defaults: &'a GenerationConfig,
     pub tokenizer: Option<&'a Tokenizer>,
+    pub grammars: &'a Grammars,
     pub vocab_size: usize,
 }
 
@@ -175,8 +180,14 @@ impl SamplingParams {
             logit_bias: self.logit_bias.clone(),
             allowed_token_ids: allowed.transpose()?,
             bad_words: self.bad_word_ids(limits.tokenizer)?,
+            constraint: self.constraint(limits)?,
         };
         Ok((lowered, text))
+    }
+
+    fn constraint(&self, limits: &Limits<'_>) -> Result<Option<engine::Constraint>> {
+        let Some(structured) = &self.structured_outputs else { return Ok(None) };
+        limits.grammars.constraint(structured, limits.tokenizer).map(Some)
     }
 
     /// Each bad word at the start of a text and after a space, as vLLM does: the two encode differently.
@@ -220,7 +231,8 @@ mod tests {
     use super::*;
 
     fn lower(params: &SamplingParams, defaults: &GenerationConfig) -> Result<engine::SamplingParams> {
-        let limits = Limits { defaults, tokenizer: None, vocab_size: 100 };
+        let grammars = Grammars::default();
+        let limits = Limits { defaults, tokenizer: None, grammars: &grammars, vocab_size: 100 };
         params.lower(&limits).map(|(engine, _)| engine)
     }
 
@@ -246,6 +258,10 @@ mod tests {
             ),
             (SamplingParams { stop: vec!["x".into()], ..Default::default() }, "stop needs a tokenizer"),
             (SamplingParams { bad_words: vec!["x".into()], ..Default::default() }, "bad_words needs"),
+            (
+                SamplingParams { structured_outputs: Some(Structured::JsonObject), ..Default::default() },
+                "structured_outputs needs a tokenizer",
+            ),
         ] {
             let err = lower(&params, &none).unwrap_err();
             assert!(err.is_user_error() && err.to_string().starts_with(culprit), "{culprit}: {err}");

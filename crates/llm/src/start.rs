@@ -24,6 +24,8 @@ const AUTO_KV_SEQS: usize = 4;
 const SCORED_ROWS: usize = 128;
 /// Steps that benchmarks and `step_stats` can look back on.
 const STEP_RECORDS: usize = 1 << 16;
+/// More threads than this are no faster at masks.
+const MASK_THREADS: usize = 8;
 
 /// The instruction-set path to run on, checked before anything is fetched.
 pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
@@ -115,6 +117,7 @@ fn on_backends<B: Backend>(
         max_logprobs: args.max_logprobs,
         seed: args.seed.unwrap_or_else(|| random(0)),
         step_records: STEP_RECORDS,
+        mask_threads: threads.min(MASK_THREADS),
         ..EngineConfig::default()
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
