@@ -34,6 +34,10 @@ pub struct EngineArgs {
     pub load_format: LoadFormat,
     /// What runs the model.
     pub device: Device,
+    /// Part of a GPU's memory that weights, step buffers and KV cache may take together, above 0 and at most 1.
+    pub gpu_memory_utilization: f64,
+    /// Launch every step on a GPU op by op, instead of replaying captured decode steps; same bits.
+    pub enforce_eager: bool,
     /// Worker threads of the CPU backend, over all engines; `None`: one per core.
     pub threads: Option<NonZeroUsize>,
     /// Engines on one copy of the weights, among which threads and KV cache are divided. [1, 256]
@@ -77,6 +81,8 @@ impl EngineArgs {
             chat_template: None,
             load_format: LoadFormat::Auto,
             device: Device::Auto,
+            gpu_memory_utilization: 0.9,
+            enforce_eager: false,
             threads: None,
             data_parallel_size: 1,
             cpu_isa: None,
@@ -129,6 +135,10 @@ impl EngineArgs {
             let message = format!("{} is more than {MAX_ENGINES}", self.data_parallel_size);
             return Err(Error::invalid("data_parallel_size", message));
         }
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            let message = format!("{} is not above 0 and at most 1", self.gpu_memory_utilization);
+            return Err(Error::invalid("gpu_memory_utilization", message));
+        }
         if self.model.is_empty() {
             return Err(Error::invalid("model", "must not be empty"));
         }
@@ -168,11 +178,38 @@ pub enum LoadFormat {
 /// What runs the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The best device present.
+    /// The first GPU that can run Bitfast, else the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// The NVIDIA GPU of this number.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    /// `auto`, `cpu`, `cuda` (the first one) or `cuda:1`.
+    fn from_str(s: &str) -> Result<Self> {
+        let number = s.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0"));
+        match (s, number.map(str::parse)) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(Ok(ordinal))) if s.len() == 4 || s.as_bytes()[4] == b':' => Ok(Self::Cuda(ordinal)),
+            _ => Err(Error::invalid("device", format!("{s:?} is none of auto, cpu, cuda, cuda:N"))),
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
 }
 
 /// Who runs first when not all requests fit.
@@ -188,7 +225,8 @@ pub enum SchedulingPolicy {
 /// How much memory the KV cache gets, allocated at start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvCacheMemory {
-    /// Room for four requests of the model's full length, at most 4 GiB and half of the free memory.
+    /// On a CPU room for four requests of the model's full length, at most 4 GiB and half of the free memory; on a GPU
+    /// what `gpu_memory_utilization` leaves.
     #[default]
     Auto,
     /// This many bytes.
@@ -219,7 +257,6 @@ macro_rules! spelled {
 }
 
 spelled!(LoadFormat, "load_format", "auto" => Self::Auto, "safetensors" => Self::Safetensors, "gguf" => Self::Gguf, "dummy" => Self::Dummy);
-spelled!(Device, "device", "auto" => Self::Auto, "cpu" => Self::Cpu);
 spelled!(SchedulingPolicy, "scheduling_policy", "fcfs" => Self::Fcfs, "priority" => Self::Priority);
 
 impl FromStr for KvCacheMemory {
@@ -277,8 +314,14 @@ mod tests {
         for f in [LoadFormat::Auto, LoadFormat::Safetensors, LoadFormat::Gguf, LoadFormat::Dummy] {
             assert_eq!(f.to_string().parse::<LoadFormat>().unwrap(), f);
         }
-        let err = "tpu".parse::<Device>().unwrap_err();
-        assert_eq!(err.to_string(), "device: \"tpu\" is none of auto, cpu");
+        for d in [Device::Auto, Device::Cpu, Device::Cuda(0), Device::Cuda(13)] {
+            assert_eq!(d.to_string().parse::<Device>().unwrap(), d);
+        }
+        assert_eq!("cuda".parse::<Device>().unwrap(), Device::Cuda(0));
+        for bad in ["tpu", "cuda:", "cuda1", "cuda:x", "cudaé", "CUDA", ""] {
+            let err = bad.parse::<Device>().unwrap_err();
+            assert_eq!(err.to_string(), format!("device: {bad:?} is none of auto, cpu, cuda, cuda:N"));
+        }
     }
 
     #[test]

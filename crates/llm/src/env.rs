@@ -30,10 +30,22 @@ pub const KV_CACHE_GIB: EnvVar = EnvVar {
     doc: "KV cache size in GiB (see --kv-cache-memory)",
 };
 
+/// The CUDA run-time compiler.
+pub const NVRTC: EnvVar = EnvVar {
+    names: &["BITFAST_NVRTC"],
+    doc: "path of NVRTC's library (default: libnvrtc.so.13 or .12 where the loader finds it)",
+};
+
+/// The server's key.
+pub const API_KEY: EnvVar = EnvVar {
+    names: &["BITFAST_API_KEY", "VLLM_API_KEY"],
+    doc: "key that requests to the server must have (see --api-key)",
+};
+
 /// Where fetched models are kept.
 pub const CACHE: EnvVar = EnvVar {
     names: &["BITFAST_CACHE"],
-    doc: "folder for fetched models (default: $XDG_CACHE_HOME/bitfast, else ~/.cache/bitfast)",
+    doc: "folder for fetched models and compiled kernels (default: $XDG_CACHE_HOME/bitfast, else ~/.cache/bitfast)",
 };
 
 /// The XDG base folder of caches.
@@ -66,6 +78,8 @@ pub const ALL: &[EnvVar] = &[
     BATCH_INVARIANT,
     CPU_ISA,
     KV_CACHE_GIB,
+    NVRTC,
+    API_KEY,
     CACHE,
     XDG_CACHE_HOME,
     HOME,

@@ -33,7 +33,7 @@ pub(crate) struct Opened {
 /// Finds, opens and loads everything, and starts the engine.
 pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Parts> {
     args.validate()?;
-    let isa = start::isa(args)?;
+    let device = start::device(args)?;
     let files = fetch::resolve(&args.model, args.revision.as_deref(), args.load_format, &mut *on_progress)?;
     let bad =
         |e: &dyn std::fmt::Display| Error::BadModel { name: args.model.clone(), message: e.to_string() };
@@ -58,7 +58,7 @@ pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Par
         args.chat_template.as_deref().map(|path| template(path, tokenizer.as_ref())).transpose()?;
     let eos = end_tokens(&opened, tokenizer.as_ref());
     let generation = opened.generation.clone();
-    let fleet = start::fleet(args, isa, &opened, eos, on_progress)?;
+    let fleet = start::fleet(args, device, &opened, eos, on_progress)?;
     Ok(Parts { fleet, tokenizer, chat_template, generation })
 }
 

@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
+use bitfast_cuda::{CudaBackend, CudaError, CudaOptions};
 use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock};
-use bitfast_model::{LoadOptions, Loaded};
+use bitfast_model::{LoadOptions, Loaded, ModelConfig};
 use bitfast_ops::Backend;
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
@@ -27,46 +28,111 @@ const STEP_RECORDS: usize = 1 << 16;
 /// More threads than this are no faster at masks.
 const MASK_THREADS: usize = 8;
 
-/// The instruction-set path to run on, checked before anything is fetched.
-pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
+/// What the engines run on, opened.
+pub(crate) enum Target {
+    /// The CPU by this instruction-set path.
+    Cpu(Isa),
+    /// A GPU.
+    Cuda(Box<CudaBackend>),
+}
+
+/// Opens the device that was asked for, before anything is fetched.
+pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
+    let isa = isa(args)?;
+    match args.device {
+        Device::Cpu => Ok(Target::Cpu(isa)),
+        // Whatever a GPU would refuse, or that is asked of the CPU alone, goes to the CPU.
+        Device::Auto if !args.batch_invariant || args.data_parallel_size > 1 || args.cpu_isa.is_some() => {
+            Ok(Target::Cpu(isa))
+        }
+        Device::Auto => Ok(cuda(args, 0).map_or(Target::Cpu(isa), |gpu| Target::Cuda(Box::new(gpu)))),
+        Device::Cuda(ordinal) => {
+            if !args.batch_invariant {
+                let message = "the CUDA backend has no unconstrained mode yet";
+                return Err(Error::invalid("batch_invariant", message));
+            }
+            if args.data_parallel_size > 1 {
+                let message = "one GPU runs one engine; start one server a GPU";
+                return Err(Error::invalid("data_parallel_size", message));
+            }
+            let gpu = cuda(args, ordinal).map_err(|e| Error::invalid("device", e.to_string()))?;
+            Ok(Target::Cuda(Box::new(gpu)))
+        }
+    }
+}
+
+/// The instruction-set path to run on.
+fn isa(args: &EngineArgs) -> Result<Isa> {
     let Some(name) = &args.cpu_isa else { return Ok(Isa::detect()) };
     let isa = Isa::parse(name).and_then(Isa::require);
     isa.map_err(|e| Error::invalid(crate::env::CPU_ISA.names[0], e.to_string()))
 }
 
+fn cuda(args: &EngineArgs, ordinal: usize) -> Result<CudaBackend, CudaError> {
+    CudaBackend::new(&CudaOptions {
+        ordinal,
+        memory_utilization: args.gpu_memory_utilization,
+        graphs: !args.enforce_eager,
+        nvrtc: crate::env::NVRTC.get().map(|(_, path)| path.into()),
+        kernel_cache: crate::fetch::cache_dir().ok().map(|dir| dir.join("kernels")),
+    })
+}
+
 /// Loads the weights once and starts the threads of `args.data_parallel_size` engines on them.
 pub(crate) fn fleet(
     args: &EngineArgs,
-    isa: Isa,
+    target: Target,
     opened: &Opened,
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
 ) -> Result<Fleet> {
-    match args.device {
-        Device::Auto | Device::Cpu => {
-            let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-            let threads = args.threads.map_or_else(cores, NonZeroUsize::get);
-            let backends = (0..args.data_parallel_size).map(|rank| {
-                let mine = share(threads, args.data_parallel_size, rank);
-                let options = CpuOptions {
-                    threads: Some(mine.len().max(1)),
-                    isa: Some(isa),
-                    batch_invariant: args.batch_invariant,
-                    first_core: mine.start,
-                    // More engines than threads: they take turns on the cores, as the system likes.
-                    pin: threads >= args.data_parallel_size,
-                    ..CpuOptions::default()
-                };
-                CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))
-            });
-            on_backends(backends.collect::<Result<_>>()?, threads, args, opened, eos, on_progress)
+    let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let isa = match target {
+        Target::Cuda(backend) => {
+            return on_backends(vec![*backend], Memory::Own, cores(), args, opened, eos, on_progress);
         }
-    }
+        Target::Cpu(isa) => isa,
+    };
+    let threads = args.threads.map_or_else(cores, NonZeroUsize::get);
+    let backends = (0..args.data_parallel_size).map(|rank| {
+        let mine = share(threads, args.data_parallel_size, rank);
+        let options = CpuOptions {
+            threads: Some(mine.len().max(1)),
+            isa: Some(isa),
+            batch_invariant: args.batch_invariant,
+            first_core: mine.start,
+            // More engines than threads: they take turns on the cores, as the system likes.
+            pin: threads >= args.data_parallel_size,
+            ..CpuOptions::default()
+        };
+        CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))
+    });
+    let backends = backends.collect::<Result<_>>()?;
+    on_backends(backends, Memory::Shared, threads, args, opened, eos, on_progress)
+}
+
+/// Whose a device's memory is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// Other programs want it too.
+    Shared,
+    /// What `free_bytes` says is for the model.
+    Own,
+}
+
+/// Bytes of a model's step buffers, about: the widest activations, each once and gate and up rows again, and the logits.
+fn step_bytes(c: &ModelConfig, rows: usize, logit_rows: usize) -> u64 {
+    let q = c.num_heads * c.head_dim;
+    let qkv = q + 2 * c.num_kv_heads * c.head_dim;
+    let row = 2 * (3 * c.hidden_size + qkv + 2 * q + 3 * c.intermediate_size);
+    let logit_row = 2 * c.hidden_size + 4 * c.vocab_size;
+    (rows.next_multiple_of(128) * row + logit_rows.next_multiple_of(128) * logit_row) as u64
 }
 
 /// Starts an engine on each of `backends`, which are of one device and share the weights there.
 fn on_backends<B: Backend>(
     backends: Vec<B>,
+    memory: Memory,
     threads: usize,
     args: &EngineArgs,
     opened: &Opened,
@@ -77,9 +143,19 @@ fn on_backends<B: Backend>(
     let block_size = block_size(args, first.block_sizes())?;
     let layout = bitfast_model::kv_layout(&opened.config, first.rank().1, block_size);
     let weights = 2 * opened.config.num_parameters() as u64;
-    let free = first.free_bytes().saturating_sub(weights);
+    let mut free = first.free_bytes().saturating_sub(weights);
     let block_bytes = first.kv_block_bytes(&layout).max(1);
     let model_limit = opened.config.max_position_embeddings;
+    let mut args = args.clone();
+    if memory == Memory::Own {
+        let (rows, tables) = (args.max_num_batched_tokens, 8 * model_limit * opened.config.head_dim / 2);
+        let logit_rows = args.max_num_seqs.max(SCORED_ROWS);
+        free = free.saturating_sub(step_bytes(&opened.config, rows, logit_rows) + tables as u64);
+        if args.kv_cache_memory == KvCacheMemory::Auto {
+            args.kv_cache_memory = KvCacheMemory::Bytes(free);
+        }
+    }
+    let args = &args;
     let size = kv_size(args, engines, model_limit, block_size, block_bytes, free)?;
     let max_num_batched_tokens = if args.enable_chunked_prefill {
         args.max_num_batched_tokens
@@ -121,12 +197,16 @@ fn on_backends<B: Backend>(
         ..EngineConfig::default()
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let shared = loaded.model.weights();
+    // Each engine gets step buffers of its own: these are not needed.
+    let Loaded { model, weights_digest, config_digest } = loaded;
+    let shared = model.weights();
+    drop(model);
     let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
     let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
         let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
-        let runner = ModelRunner::new(backend, Loaded { model, ..loaded }, block_size, size.num_blocks)
-            .map_err(|e| device(&e))?;
+        let loaded = Loaded { model, weights_digest, config_digest };
+        let runner =
+            ModelRunner::new(backend, loaded, block_size, size.num_blocks).map_err(|e| device(&e))?;
         // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
         let seed = config.seed.wrapping_add(rank as u64);
         let config = EngineConfig { rank, seed, cache_key: [random(1), random(2)], ..config.clone() };

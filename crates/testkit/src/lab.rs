@@ -10,7 +10,7 @@ use bitfast_engine::{
     RowObserver, Runner, RunnerError, RunnerInfo, SamplingParams, Step, StepInputs, StepOutputs,
     TokenLogprobs, TryEvent, VirtualClock,
 };
-use bitfast_model::{LoadOptions, ModelConfig, WeightSource};
+use bitfast_model::{LoadOptions, Loaded, ModelConfig, WeightSource};
 use bitfast_ops::Backend;
 
 /// How an engine of the lab is made. None of it may move a bit.
@@ -203,7 +203,11 @@ impl<B: Backend> Lab<B> {
             threads: 1,
         };
         let loaded = bitfast_model::load(&be, config, source, &options, &mut |_| {});
-        let loaded = loaded.unwrap_or_else(|e| panic!("{}: {e}", source.describe()));
+        Self::on(be, loaded.unwrap_or_else(|e| panic!("{}: {e}", source.describe())), layout)
+    }
+
+    /// An engine on a model that was loaded for steps of at least `layout`'s size.
+    pub fn on(be: B, loaded: Loaded<B>, layout: Layout) -> Self {
         let inner = ModelRunner::new(be, loaded, layout.block_size, layout.num_blocks)
             .unwrap_or_else(|e| panic!("{layout:?}: {e}"));
         let engine_config = EngineConfig {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions};
+use bitfast_cuda::{CudaBackend, CudaOptions};
 use bitfast_model::{Gguf, GgufSource, LoadOptions, Model, ModelConfig, SafetensorsSource, WeightSource};
 use bitfast_ops::{Backend, BatchInputs, SeqInput};
 
@@ -132,6 +133,13 @@ pub fn best_cpu() -> CpuOptions {
 /// A backend; panics where the wanted instruction set is absent.
 pub fn cpu(options: &CpuOptions) -> CpuBackend {
     CpuBackend::new(options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The first GPU, its kernels kept from test to test; panics where there is none.
+pub fn cuda(graphs: bool) -> CudaBackend {
+    let kernel_cache = Some(std::env::temp_dir().join("bitfast-kernels"));
+    let options = CudaOptions { graphs, kernel_cache, ..CudaOptions::default() };
+    CudaBackend::new(&options).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
 }
 
 /// A tiny model's weights from its folder.

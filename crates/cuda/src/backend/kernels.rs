@@ -119,8 +119,7 @@ impl Kernels {
 
     pub fn norm(&mut self, d: usize, desc: NormDesc) -> Result<Option<&RmsNorm>> {
         let Self { phase, device, jit, wanted, norms, .. } = self;
-        let sources =
-            || [false, true].map(|residual| RowOp::RmsNorm { d, desc, residual }.source()).to_vec();
+        let sources = || [false, true].map(|residual| RowOp::RmsNorm { d, desc, residual }.source()).to_vec();
         let load = || RmsNorm::new(device, jit, d, desc);
         norms.get(*phase, wanted, (d, desc.eps.to_bits(), desc.unit_offset), sources, load)
     }

@@ -91,8 +91,7 @@ impl KvShape {
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        let spec =
-            AttentionSpec { heads: self.kv_heads, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let spec = AttentionSpec { heads: self.kv_heads, kv_heads: self.kv_heads, head_dim: self.head_dim };
         block_bytes(&spec)
     }
 }

@@ -5,8 +5,8 @@ use std::cell::Cell;
 use std::path::PathBuf;
 
 use bitfast_ops::{
-    AttnDesc, Backend, BackendError, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc,
-    LinearKind, NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, StepKey,
+    AttnDesc, Backend, BackendError, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout,
+    LinearDesc, LinearKind, NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, StepKey,
 };
 
 mod graphs;
@@ -435,7 +435,13 @@ impl Backend for CudaBackend {
     }
 
     fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
-        assert!(x.dtype == Dtype::F32 && rows <= x.rows, "{rows} rows of {:?} [{}, {}]", x.dtype, x.rows, x.cols);
+        assert!(
+            x.dtype == Dtype::F32 && rows <= x.rows,
+            "{rows} rows of {:?} [{}, {}]",
+            x.dtype,
+            x.rows,
+            x.cols
+        );
         let mut values = vec![0.0; rows * x.cols];
         self.run(|be| x.data.read(&be.stream, 0, bytes_of_f32_mut(&mut values)))?;
         Ok(values)

@@ -134,8 +134,7 @@ impl Step {
         let rows = self.batch.num_tokens();
         let padded = bucket(rows).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows);
         let sequences = Sequences::new(seqs);
-        let plans: Vec<Items> =
-            specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded)).collect();
+        let plans: Vec<Items> = specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded)).collect();
         self.rows = padded.unwrap_or(rows);
         self.logit_rows = padded.unwrap_or(self.batch.logit_rows.len());
         self.graph = padded.map(|rows| {
@@ -146,8 +145,7 @@ impl Step {
         self.blocks = self.batch.slots.iter().max().map_or(0, |s| *s as usize / BLOCK_TOKENS + 1);
         let item_words = plans.iter().map(|p| p.words.len()).sum();
         let num_seqs = padded.map_or(seqs.len(), |p| p + 1);
-        let layout =
-            Layout::new(self.rows, self.logit_rows, num_seqs, item_words, sequences.tables.len());
+        let layout = Layout::new(self.rows, self.logit_rows, num_seqs, item_words, sequences.tables.len());
         let changed = self.reserve(stream, &layout, &plans)?;
         self.write(&layout, &sequences, &plans);
         // SAFETY: the words change in `write` only, which `reserve` lets wait for the copy.
@@ -232,12 +230,7 @@ impl Step {
 }
 
 /// Attention's launches for one shape of heads: few rows a sequence, then many.
-fn plan(
-    spec: &AttentionSpec,
-    seqs: &[SeqInput],
-    sequences: &Sequences,
-    padded: Option<usize>,
-) -> Vec<Items> {
+fn plan(spec: &AttentionSpec, seqs: &[SeqInput], sequences: &Sequences, padded: Option<usize>) -> Vec<Items> {
     let is_few = |s: &SeqInput| padded.is_some() || s.num_rows as usize * spec.group() <= SPLIT_ROWS;
     let (few, many): (Vec<usize>, Vec<usize>) = (0..seqs.len()).partition(|i| is_few(&seqs[*i]));
     let items = |tiling: Tiling, chosen: &[usize]| Items::new(spec, &tiling, seqs, sequences, chosen);

@@ -139,9 +139,7 @@ impl Event {
     /// The driver's.
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: a live event.
-        self.device.check("cuEventSynchronize", unsafe {
-            (self.device.api().event_synchronize)(self.handle)
-        })
+        self.device.check("cuEventSynchronize", unsafe { (self.device.api().event_synchronize)(self.handle) })
     }
 
     /// Milliseconds from this event to `end`; waits for `end`.

@@ -1,0 +1,324 @@
+//! The class `hopper` on a card: what the engine gives there is what the references give, and a request's bits are a function of
+//! its tokens alone, with captured steps and without. Ignored without an H100 or H200; `--include-ignored` runs the tests there.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bitfast_cuda::CudaBackend;
+use bitfast_engine::SamplingParams;
+use bitfast_model::{
+    DummySource, LoadOptions, Loaded, ModelConfig, PackedWeights, TensorSpec, WeightError, WeightSource,
+};
+use bitfast_ops::{Class, bf16};
+use bitfast_testkit::digest::{Stored, of_logits};
+use bitfast_testkit::fixtures::{self, TINY_MODELS, TinyGolden};
+use bitfast_testkit::jobs::{self, Rng, greedy};
+use bitfast_testkit::lab::{Job, Lab, Layout, Outcome, Transcript};
+use bitfast_testkit::reference::RefBackend;
+use bitfast_testkit::rig::{self, Rig, RigSizes};
+
+/// Rows of the largest step.
+const BUDGET: usize = 2048;
+const LOGIT_ROWS: usize = 512;
+
+/// Weights on the card, for any number of engines.
+struct OnCard {
+    name: String,
+    config: ModelConfig,
+    weights: Arc<dyn PackedWeights<CudaBackend>>,
+    digests: [blake3::Hash; 2],
+}
+
+impl OnCard {
+    fn new(name: &str, config: ModelConfig, source: &dyn WeightSource) -> Self {
+        let options = LoadOptions {
+            max_num_batched_tokens: BUDGET,
+            max_logit_rows: LOGIT_ROWS,
+            max_model_len: config.max_position_embeddings.min(1536),
+            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        };
+        let be = rig::cuda(false);
+        let loaded = bitfast_model::load(&be, &config, source, &options, &mut |_| {});
+        let Loaded { model, weights_digest, config_digest } = loaded.unwrap_or_else(|e| panic!("{e}"));
+        let digests = [weights_digest, config_digest];
+        Self { name: name.to_owned(), config, weights: model.weights(), digests }
+    }
+
+    fn dummy(name: &str) -> Self {
+        let config = ModelConfig::built_in(name).unwrap_or_else(|e| panic!("{e}"));
+        let source = DummySource::new(&config);
+        Self::new(name, config, &source)
+    }
+
+    fn lab(&self, graphs: bool, layout: Layout) -> Lab<CudaBackend> {
+        let be = rig::cuda(graphs);
+        let model = Arc::clone(&self.weights).model(&be).unwrap_or_else(|e| panic!("{e}"));
+        let [weights_digest, config_digest] = self.digests;
+        Lab::on(be, Loaded { model, weights_digest, config_digest }, layout)
+    }
+
+    /// What each job gets alone, launched op by op.
+    fn truths(&self, jobs: &[Job]) -> Vec<Transcript> {
+        let mut alone = self.lab(false, layout(1));
+        jobs.iter().map(|job| alone.run_alone(job).transcript).collect()
+    }
+}
+
+fn layout(max_num_seqs: usize) -> Layout {
+    Layout {
+        block_size: 64,
+        num_blocks: 20 + 4 * max_num_seqs,
+        max_num_seqs,
+        budget: BUDGET,
+        logit_rows: LOGIT_ROWS,
+        prefix_caching: false,
+    }
+}
+
+#[track_caller]
+fn assert_equal(what: &str, outcomes: &[Outcome], truths: &[&Transcript]) {
+    assert_eq!(outcomes.len(), truths.len());
+    let mut rows = 0;
+    for (i, (outcome, truth)) in outcomes.iter().zip(truths).enumerate() {
+        assert!(!truth.rows.is_empty(), "request {i} was never observed");
+        rows += truth.rows.len();
+        if let Some(difference) = outcome.differs_from(truth) {
+            panic!("{what}, request {i} of {}: {difference}", outcomes.len());
+        }
+    }
+    println!("{what}: {} requests, {rows} logit rows equal", outcomes.len());
+}
+
+fn all(truths: &[Transcript]) -> Vec<&Transcript> {
+    truths.iter().collect()
+}
+
+/// Requests of lengths on both sides of tiles, splits and blocks, then short ones; half of them greedy on the card, the others with
+/// filters, penalties and seeds; some score their prompt.
+fn pool(rng: &mut Rng, count: usize, vocab: usize) -> Vec<Job> {
+    const LENGTHS: [usize; 16] = [9, 10, 1, 63, 64, 65, 511, 512, 513, 127, 128, 129, 1000, 16, 17, 300];
+    let job = |i: usize| {
+        let length = LENGTHS.get(i).copied().unwrap_or_else(|| rng.range(1, 40));
+        let mut sampling = jobs::sampling(rng, 8);
+        sampling.prompt_logprobs = (i % 16 == 1).then_some(1);
+        if i.is_multiple_of(2) {
+            sampling = SamplingParams { logprobs: Some(0), ..greedy(rng.range(4, 9) as u32) };
+        }
+        Job { prompt: rng.tokens(length, vocab), sampling }
+    };
+    (0..count).map(job).collect()
+}
+
+/// Everything that may not matter, on one model.
+fn law(model: &OnCard, count: usize) {
+    let vocab = model.config.vocab_size;
+    let mut rng = Rng::new(1);
+    let pool = pool(&mut rng, count, vocab);
+    let truths = model.truths(&pool);
+    for graphs in [true, false] {
+        let mut lab = model.lab(graphs, layout(count));
+        let mut order: Vec<usize> = (0..pool.len()).collect();
+        // On both sides of launch plans and of the padding of captured steps; the first ones again, replayed.
+        for size in [count, 45, 129, 8, 9, 17, 33, 65, 45, count] {
+            rng.shuffle(&mut order);
+            let chosen = &order[..size.min(count)];
+            let spread = rng.pick(&[0, 0, 6]);
+            let arrivals = chosen.iter().map(|&i| (rng.range(0, spread), &pool[i]));
+            let outcomes = lab.run(arrivals.collect::<Vec<_>>());
+            let expected: Vec<_> = chosen.iter().map(|&i| &truths[i]).collect();
+            assert_equal(&format!("{}, graphs {graphs}, batch of {size}", model.name), &outcomes, &expected);
+        }
+    }
+    let few = &pool[..count.min(40)];
+    let expected = all(&truths[..few.len()]);
+    for budget in [40, 64, 300] {
+        let mut lab = model.lab(true, Layout { budget, ..layout(40) });
+        let arrivals = few.iter().map(|job| (rng.range(0, 9), job));
+        let outcomes = lab.run(arrivals.collect::<Vec<_>>());
+        assert_equal(&format!("{}, steps of {budget} rows", model.name), &outcomes, &expected);
+    }
+    prefixes(model, &mut rng);
+    preemption(model, &mut rng);
+    rescoring(model, &mut rng);
+}
+
+/// A cached prefix of any length, also of a whole prompt and one block short of it, gives what a cold cache gives.
+fn prefixes(model: &OnCard, rng: &mut Rng) {
+    let vocab = model.config.vocab_size;
+    let base = rng.tokens(640, vocab);
+    let shared = [1, 63, 64, 65, 127, 128, 129, 511, 512, 513, 576, 640];
+    let mut pool: Vec<Job> = shared
+        .map(|length| {
+            let prompt = [&base[..length], &rng.tokens(9, vocab)].concat();
+            Job { prompt, sampling: SamplingParams { prompt_logprobs: None, ..jobs::sampling(rng, 5) } }
+        })
+        .to_vec();
+    // Exactly cached, to the last token.
+    pool.extend([128, 640].map(|length| Job { prompt: base[..length].to_vec(), sampling: greedy(4) }));
+    let truths = model.truths(&pool);
+    let mut lab = model.lab(true, Layout { prefix_caching: true, num_blocks: 300, ..layout(16) });
+    let first = Job { prompt: base, sampling: greedy(3) };
+    assert_eq!(lab.run_alone(&first).cached_tokens, 0);
+    for how in ["one by one", "together"] {
+        let outcomes: Vec<Outcome> = match how {
+            "together" => lab.run_all(&pool),
+            _ => pool.iter().map(|job| lab.run_alone(job)).collect(),
+        };
+        let hits: u32 = outcomes.iter().map(|o| o.cached_tokens).sum();
+        assert!(hits > 2000, "only {hits} tokens were found in the cache");
+        assert_equal(&format!("{}, cached prefixes, {how}", model.name), &outcomes, &all(&truths));
+    }
+}
+
+/// A pool so small that sequences are preempted and recomputed.
+fn preemption(model: &OnCard, rng: &mut Rng) {
+    let mut pool = pool(rng, 16, model.config.vocab_size);
+    for job in &mut pool {
+        job.prompt.truncate(40);
+        job.sampling = greedy(rng.range(50, 100) as u32);
+    }
+    let truths = model.truths(&pool);
+    for prefix_caching in [false, true] {
+        let layout = Layout { num_blocks: 14, prefix_caching, ..layout(12) };
+        let outcomes = model.lab(true, layout).run_all(&pool);
+        let preempted = outcomes.iter().filter(|o| o.preemptions > 0).count();
+        assert!(preempted >= 2, "only {preempted} requests were preempted");
+        assert_equal(&format!("{}, preempted", model.name), &outcomes, &all(&truths));
+    }
+}
+
+/// The logprob of a token that was sampled is the one that scoring the text reports.
+fn rescoring(model: &OnCard, rng: &mut Rng) {
+    let mut pool = pool(rng, 24, model.config.vocab_size);
+    for job in &mut pool {
+        job.prompt.truncate(100);
+        job.sampling = greedy(20);
+    }
+    let mut lab = model.lab(true, layout(24));
+    let decoded = lab.run_all(&pool);
+    let texts: Vec<Job> = pool
+        .iter()
+        .zip(&decoded)
+        .map(|(job, outcome)| Job {
+            prompt: [&job.prompt[..], &outcome.transcript.tokens[0]].concat(),
+            sampling: jobs::score(),
+        })
+        .collect();
+    for ((job, decode), score) in pool.iter().zip(&decoded).zip(lab.run_all(&texts)) {
+        let (decode, score) = (&decode.transcript, &score.transcript);
+        assert_eq!(score.prompt_logprobs[job.prompt.len() - 1..], decode.logprobs[0][..]);
+        for (key, hash) in &decode.rows {
+            assert_eq!(score.rows.get(key), Some(hash), "{}, the row at {}", model.name, key.1);
+        }
+    }
+    println!("{}: decoded is rescored", model.name);
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn tiny_models_have_the_digests_of_their_class() {
+    const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
+    for graphs in [false, true] {
+        let digest = |name: &str| {
+            let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
+            let mut rig = Rig::new(rig::cuda(graphs), &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
+            rig.poison();
+            let logits: Vec<_> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
+            of_logits(logits.iter().map(Vec::as_slice))
+        };
+        let found: BTreeMap<_, _> = TINY_MODELS.iter().map(|name| ((*name).to_owned(), digest(name))).collect();
+        Stored::of(Class::Hopper.name()).check(&format!("the card, padding {graphs}"), &found);
+    }
+}
+
+/// Engines on the references and on the card give the same tokens, logprobs and logits.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn tiny_engines_equal_the_reference() {
+    for (name, config) in
+        [("tiny-llama", ModelConfig::tiny_llama()), ("tiny-qwen3", ModelConfig::tiny_qwen3())]
+    {
+        let source = DummySource::new(&config);
+        let mut rng = Rng::new(7);
+        let mut pool = pool(&mut rng, 24, config.vocab_size);
+        for (i, job) in pool.iter_mut().enumerate() {
+            // Scalar code takes one prompt over a split's end.
+            job.prompt.truncate(if i == 8 { 513 } else { 70 });
+        }
+        let layout = Layout { budget: 512, ..layout(24) };
+        let on_reference = |class| {
+            let mut lab = Lab::new(RefBackend::new(class), &config, &source, layout);
+            lab.run_all(&pool).into_iter().map(|o| o.transcript).collect::<Vec<_>>()
+        };
+        let expected = on_reference(Class::Hopper);
+        let model = OnCard::new(name, config.clone(), &source);
+        for graphs in [false, true] {
+            let outcomes = model.lab(graphs, layout).run_all(&pool);
+            let what = format!("{name} against the reference, graphs {graphs}");
+            assert_equal(&what, &outcomes, &all(&expected));
+            // The comparison can fail: the other class has other bits.
+            let other = on_reference(Class::Portable);
+            let differ = outcomes.iter().zip(&other).filter(|(o, t)| o.differs_from(t).is_some()).count();
+            assert!(differ > pool.len() / 2, "{name}: only {differ} requests differ from the other class");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn law_tiny() {
+    for name in TINY_MODELS {
+        law(&OnCard::new(name, rig::tiny_config(name), &rig::tiny_source(name)), 140);
+    }
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn law_qwen3_1_7b() {
+    law(&OnCard::dummy("Qwen/Qwen3-1.7B"), 256);
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn law_llama_3_2_1b() {
+    law(&OnCard::dummy("meta-llama/Llama-3.2-1B"), 256);
+}
+
+/// Dummy weights with the last bit of one element flipped.
+struct OneBit(DummySource);
+
+impl WeightSource for OneBit {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn check(&self, spec: &TensorSpec) -> Result<(), WeightError> {
+        self.0.check(spec)
+    }
+
+    fn read(&self, spec: &TensorSpec, out: &mut [bf16]) -> Result<(), WeightError> {
+        self.0.read(spec, out)?;
+        if spec.name == "model.layers.0.mlp.down_proj.weight" {
+            out[777] = bf16::from_bits(out[777].to_bits() ^ 1);
+        }
+        Ok(())
+    }
+}
+
+/// The comparison can fail: one bit of one weight shows.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn one_bit_of_one_weight_is_noticed() {
+    let config = ModelConfig::tiny_llama();
+    let pool = pool(&mut Rng::new(3), 32, config.vocab_size);
+    let plain = OnCard::new("tiny-llama", config.clone(), &DummySource::new(&config));
+    let other = OnCard::new("tiny-llama", config.clone(), &OneBit(DummySource::new(&config)));
+    let truths = plain.truths(&pool);
+    let outcomes = other.lab(true, layout(32)).run_all(&pool);
+    let differ = outcomes.iter().zip(&truths).filter(|(o, t)| o.differs_from(t).is_some()).count();
+    assert!(differ > pool.len() / 2, "only {differ} of {} requests differ", pool.len());
+}
