@@ -143,6 +143,14 @@ impl Backend for CpuBackend {
         memory::available_bytes()
     }
 
+    fn weights_on_host(&self) -> bool {
+        true
+    }
+
+    fn release(&mut self) {
+        self.workers.release();
+    }
+
     fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
         self.workers.pin_caller();
         self.batch.clone_from(batch);

@@ -55,6 +55,12 @@ impl Workers {
         self.scratch.iter_mut().try_for_each(|slot| slot.0.get_mut().reserve(bytes))
     }
 
+    /// Gives all scratch memory back; it grows again on demand.
+    pub fn release(&mut self) {
+        self.scratch.iter_mut().for_each(|slot| *slot.0.get_mut() = Buffer::default());
+        (self.widened, self.partials) = (Buffer::default(), Buffer::default());
+    }
+
     /// Calls `job(its scratch, its claims)` on the threads until all of `0..total` is claimed and done; on the
     /// caller alone when `parallel` is false.
     pub fn run(

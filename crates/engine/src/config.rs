@@ -2,6 +2,8 @@ use bitfast_ops::Class;
 use bitfast_ops::contract::NUMERICS_VERSION;
 use bitfast_scheduler::Policy;
 
+use crate::sleep::SleepLevel;
+
 /// Most samples (`n`) of one request.
 pub const MAX_SAMPLES: u32 = 128;
 /// Most entries of `logit_bias`.
@@ -80,6 +82,8 @@ pub struct EngineInfo {
     pub class: Class,
     /// False in the unconstrained mode.
     pub batch_invariant: bool,
+    /// The deepest sleep that the device supports.
+    pub deepest_sleep: SleepLevel,
     /// The device in words.
     pub device: String,
     /// The `system_fingerprint` of every answer.

@@ -103,6 +103,7 @@ impl<R: Runner> Engine<R> {
             num_blocks: room.num_blocks,
             class: room.class,
             batch_invariant: room.batch_invariant,
+            deepest_sleep: runner.deepest_sleep(),
             device: room.device,
             fingerprint: room.fingerprint,
             config,
@@ -179,7 +180,9 @@ impl<R: Runner> Engine<R> {
     pub fn step(&mut self) -> Step {
         let life = self.drain_inbox();
         match life {
-            Life::Running if self.shared.has_handles() || !self.requests.is_empty() => {}
+            // Asleep without handles, nobody could wake it for its requests.
+            Life::Running if self.shared.has_handles() => {}
+            Life::Running if !self.requests.is_empty() && !self.shared.inbox().sleep.is_paused() => {}
             Life::Finishing if !self.requests.is_empty() => {}
             Life::Dead(_) => return Step::Ended,
             Life::Aborting => {
@@ -192,6 +195,7 @@ impl<R: Runner> Engine<R> {
                 return Step::Ended;
             }
         }
+        self.follow_sleep();
         let start = self.shared.clock.now();
         let Some(batch) = self.scheduler.schedule() else {
             self.publish_stats();
@@ -240,10 +244,6 @@ impl<R: Runner> Engine<R> {
         let (commands, life) = {
             let mut inbox = self.shared.inbox();
             self.epoch = inbox.epoch;
-            match inbox.paused {
-                true => self.scheduler.pause(),
-                false => self.scheduler.resume(),
-            }
             (std::mem::take(&mut inbox.commands), inbox.life.clone())
         };
         for command in commands {

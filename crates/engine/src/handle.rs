@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::EngineInfo;
 use crate::request::{EngineRequest, Event, SubmitError};
 use crate::shared::{Command, EventSink, Life, RequestKey, Shared, Submission};
+use crate::sleep::{SleepError, SleepLevel, SleepState, Transition};
 use crate::stats::{EngineStats, StepRecord};
 use crate::validate::validate;
 
@@ -14,22 +15,6 @@ use crate::validate::validate;
 pub struct EngineHandle {
     shared: Arc<Shared>,
 }
-
-/// How deep an engine sleeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SleepLevel {
-    /// 0: no steps; requests are accepted and queue; caches stay.
-    Pause,
-    /// 1: the KV cache is dropped too, running requests will be recomputed, and weights go to the host.
-    OffloadWeights,
-    /// 2: weights are dropped as well.
-    DropWeights,
-}
-
-/// The device cannot sleep that deeply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("sleep level {0:?} is not supported on this device")]
-pub struct UnsupportedSleep(pub SleepLevel);
 
 /// Whether an engine can serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,23 +91,42 @@ impl EngineHandle {
         true
     }
 
-    /// No further step starts (one in flight ends); requests are accepted and queue.
-    pub fn pause(&self, level: SleepLevel) -> Result<(), UnsupportedSleep> {
-        if level != SleepLevel::Pause {
-            return Err(UnsupportedSleep(level));
+    /// No further step starts (one in flight ends); requests are accepted and queue. Levels that give memory back
+    /// return once it has been; level 0 at once. An engine that sleeps more deeply than `level` goes on doing so.
+    pub fn pause(&self, level: SleepLevel) -> Result<(), SleepError> {
+        let transition = self.begin_pause(level)?;
+        if level == SleepLevel::Pause { Ok(()) } else { transition.wait() }
+    }
+
+    /// Steps start again; after a sleep that gave memory back, once the engine has it again. When that fails
+    /// the engine stays asleep.
+    pub fn resume(&self) -> Result<(), SleepError> {
+        let deep = self.shared.inbox().sleep.is_deep();
+        let transition = self.begin_resume();
+        if deep { transition.wait() } else { Ok(()) }
+    }
+
+    /// [`pause`](Self::pause), not waiting for the engine to follow.
+    pub fn begin_pause(&self, level: SleepLevel) -> Result<Transition, SleepError> {
+        if level > self.shared.info.deepest_sleep {
+            return Err(SleepError::Unsupported(level));
         }
-        self.set_paused(true);
-        Ok(())
+        Ok(self.ask(Some(level)))
     }
 
-    /// Steps start again.
-    pub fn resume(&self) {
-        self.set_paused(false);
+    /// [`resume`](Self::resume), not waiting for the engine to follow.
+    pub fn begin_resume(&self) -> Transition {
+        self.ask(None)
     }
 
-    /// Whether scheduling is paused.
+    /// Whether scheduling is paused, at any level.
     pub fn is_paused(&self) -> bool {
-        self.shared.inbox().paused
+        self.shared.inbox().sleep.is_paused()
+    }
+
+    /// How the engine sleeps, if it does.
+    pub fn sleep_state(&self) -> SleepState {
+        self.shared.inbox().sleep.state()
     }
 
     /// Forgets every cached prefix, before any request that is submitted later.
@@ -136,7 +140,7 @@ impl EngineHandle {
     pub fn stats(&self) -> EngineStats {
         let (live, paused) = {
             let inbox = self.shared.inbox();
-            (inbox.live.len(), inbox.paused)
+            (inbox.live.len(), inbox.sleep.is_paused())
         };
         let stats = *self.shared.stats();
         EngineStats { waiting: live.saturating_sub(stats.running), paused, ..stats }
@@ -201,10 +205,11 @@ impl EngineHandle {
         }
     }
 
-    fn set_paused(&self, paused: bool) {
+    fn ask(&self, wanted: Option<SleepLevel>) -> Transition {
         let mut inbox = self.shared.inbox();
-        inbox.paused = paused;
+        let number = inbox.sleep.ask(wanted);
         self.shared.announce(inbox);
+        Transition::new(Arc::clone(&self.shared), number)
     }
 }
 

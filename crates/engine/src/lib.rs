@@ -16,18 +16,18 @@ mod prepare;
 mod request;
 mod runner;
 mod shared;
+mod sleep;
 mod stats;
 mod step;
 mod validate;
+mod weights;
 
 pub use bitfast_scheduler::Policy;
 pub use clock::{Clock, SystemClock, VirtualClock};
 pub use config::{EngineConfig, EngineInfo, MAX_LOGIT_BIAS, MAX_SAMPLES, MAX_WORDS, system_fingerprint};
 pub use constraint::{Constraint, ConstraintFault, ConstraintSource, MayEnd, Progress, TokenConstraint};
 pub use engine::{Engine, EngineError, Step};
-pub use handle::{
-    EngineHandle, Health, RequestGuard, RequestStream, Shutdown, SleepLevel, TryEvent, UnsupportedSleep,
-};
+pub use handle::{EngineHandle, Health, RequestGuard, RequestStream, Shutdown, TryEvent};
 pub use model_runner::ModelRunner;
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
@@ -37,4 +37,6 @@ pub use runner::{
     ObservedRow, Readback, RowObserver, Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs,
 };
 pub use shared::EventSink;
+pub use sleep::{RestoreError, SleepError, SleepLevel, SleepState, Transition};
 pub use stats::{EngineStats, StepRecord};
+pub use weights::{OpenWeights, WeightStore};

@@ -1,15 +1,30 @@
-use bitfast_model::{Loaded, Model};
+use std::sync::Arc;
+
+use bitfast_model::{Loaded, Model, PackedWeights};
 use bitfast_ops::{Backend, KvLayout, StepKey, contract};
 
 use crate::config::system_fingerprint;
 use crate::runner::{Readback, Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs};
+use crate::sleep::{RestoreError, SleepLevel};
+use crate::weights::WeightStore;
 
 /// A model on a backend, with its KV cache.
 pub struct ModelRunner<B: Backend> {
     backend: B,
-    model: Box<dyn Model<B>>,
-    kv: B::Kv,
+    held: Held<B>,
+    layout: KvLayout,
+    store: Option<Arc<WeightStore<B>>>,
     info: RunnerInfo,
+}
+
+/// What a runner has on its device.
+enum Held<B: Backend> {
+    /// All that a step needs.
+    All { model: Box<dyn Model<B>>, kv: B::Kv },
+    /// The weights only.
+    Weights(Arc<dyn PackedWeights<B>>),
+    /// Nothing.
+    Nothing,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -29,7 +44,8 @@ impl<B: Backend> ModelRunner<B> {
             );
             return Err(RunnerError::Other(message));
         }
-        let mut kv = backend.kv(&model.kv_layout(block_size), num_blocks)?;
+        let layout = model.kv_layout(block_size);
+        let mut kv = backend.kv(&layout, num_blocks)?;
         backend.prepare(&mut |backend| model.forward(backend, &mut kv).map(drop))?;
         let digest = identity_digest(weights_digest.as_bytes(), config_digest.as_bytes());
         let mut fingerprint = system_fingerprint(backend.class(), digest);
@@ -49,7 +65,13 @@ impl<B: Backend> ModelRunner<B> {
             device: backend.device(),
             fingerprint,
         };
-        Ok(Self { backend, model, kv, info })
+        Ok(Self { backend, held: Held::All { model, kv }, layout, store: None, info })
+    }
+
+    /// Lets the runner sleep without its weights: `store` has them again.
+    pub fn with_store(mut self, store: Arc<WeightStore<B>>) -> Self {
+        self.store = Some(store);
+        self
     }
 
     /// KV blocks that fit into `bytes`.
@@ -64,7 +86,9 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
-        let Self { backend, model, kv, .. } = self;
+        let Self { backend, held: Held::All { model, kv }, .. } = self else {
+            panic!("a step of a runner that sleeps");
+        };
         if !step.poison.is_empty() {
             backend.poison_blocks(kv, step.poison)?;
         }
@@ -83,6 +107,42 @@ impl<B: Backend> Runner for ModelRunner<B> {
             rows => backend.sample(model.logits(), rows)?,
         };
         Ok(StepOutputs { samples, logits })
+    }
+
+    fn deepest_sleep(&self) -> SleepLevel {
+        match &self.store {
+            Some(_) => SleepLevel::DropWeights,
+            None if self.backend.weights_on_host() => SleepLevel::OffloadWeights,
+            None => SleepLevel::Pause,
+        }
+    }
+
+    fn release(&mut self, level: SleepLevel) {
+        self.backend.release();
+        let weights = match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::All { model, .. } => Some(model.weights()),
+            Held::Weights(weights) => Some(weights),
+            Held::Nothing => None,
+        };
+        // Elsewhere than on the host, level 1 reads the weights again too: a copy would take as much host memory.
+        if level < SleepLevel::DropWeights && self.backend.weights_on_host() {
+            self.held = weights.map_or(Held::Nothing, Held::Weights);
+        }
+    }
+
+    fn restore(&mut self) -> Result<(), RestoreError> {
+        let device = |e: bitfast_ops::BackendError| RestoreError::Device(e.to_string());
+        let model = match &self.held {
+            Held::All { .. } => return Ok(()),
+            Held::Weights(weights) => Arc::clone(weights).model(&self.backend).map_err(device)?,
+            Held::Nothing => {
+                let store = self.store.as_ref().expect("weights are dropped only where a store has them");
+                store.model(&self.backend)?
+            }
+        };
+        let kv = self.backend.kv(&self.layout, self.info.num_blocks).map_err(device)?;
+        self.held = Held::All { model, kv };
+        Ok(())
     }
 }
 

@@ -1,3 +1,4 @@
+use crate::sleep::{RestoreError, SleepLevel};
 use bitfast_ops::{BackendError, BatchInputs, Class, RowSample, SampleRow};
 
 /// What computes steps: a model on a device, or a fake in tests.
@@ -7,6 +8,22 @@ pub trait Runner: Send + 'static {
 
     /// Computes one step. An error ends the engine: the cache's content is unknown after it.
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError>;
+
+    /// The deepest sleep that it supports; constant.
+    fn deepest_sleep(&self) -> SleepLevel {
+        SleepLevel::Pause
+    }
+
+    /// Gives memory back, for a level that is supported and deeper than what it released before; what the cache
+    /// holds is lost. No step comes before a [`restore`](Self::restore).
+    fn release(&mut self, level: SleepLevel) {
+        unreachable!("{level:?} is deeper than {:?}", self.deepest_sleep());
+    }
+
+    /// Takes back what it released. After a failure it is still released, and restoring can be tried again.
+    fn restore(&mut self) -> Result<(), RestoreError> {
+        Ok(())
+    }
 }
 
 /// What a runner is and has room for.

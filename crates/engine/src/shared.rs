@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::clock::Clock;
 use crate::config::EngineInfo;
 use crate::request::{EngineRequest, Event};
+use crate::sleep::Sleep;
 use crate::stats::{EngineStats, StepRing};
 
 /// Where a request's events go. Called on the engine thread: it must not block, and a panic in it ends the engine.
@@ -50,7 +51,7 @@ pub(crate) struct Inbox {
     /// Live requests that have not started.
     pub(crate) queued: usize,
     pub(crate) life: Life,
-    pub(crate) paused: bool,
+    pub(crate) sleep: Sleep,
     /// Counts changes, so that a waiting engine misses none.
     pub(crate) epoch: u64,
     next_key: RequestKey,
@@ -59,7 +60,7 @@ pub(crate) struct Inbox {
 pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
     /// Signalled when the inbox or the lifecycle changes.
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     stats: Mutex<EngineStats>,
     steps: Mutex<StepRing>,
     /// Handles in existence; the engine ends when there are none.
@@ -75,7 +76,7 @@ impl Shared {
             live: BTreeMap::new(),
             queued: 0,
             life: Life::Running,
-            paused: false,
+            sleep: Sleep::default(),
             epoch: 0,
             next_key: 1,
         };

@@ -52,7 +52,7 @@ fn a_failing_runner_fails_everything_with_the_reason() {
             .iter()
             .map(|t| handle.submit(request(&t.to_string(), [*t], max_tokens(60))).unwrap())
             .collect();
-        handle.resume();
+        handle.resume().unwrap();
         for stream in streams {
             let Some(Event::Failed(message)) = stream.last() else { panic!("no failure") };
             assert!(message.contains(reason), "{message}");
@@ -107,7 +107,7 @@ fn a_paused_engine_queues() {
     let mut stream = handle.submit(request("a", [1], max_tokens(2))).unwrap();
     assert_eq!((engine.step(), handle.is_paused()), (Step::Idle, true));
     assert_eq!((handle.stats().waiting, handle.stats().running), (1, 0));
-    handle.resume();
+    handle.resume().unwrap();
     settle(&mut engine);
     assert_eq!(tokens(&ready(&mut stream), 0), [2, 3]);
 }

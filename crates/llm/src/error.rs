@@ -1,5 +1,7 @@
 use std::path::{Path, PathBuf};
 
+use bitfast_engine::SleepError;
+
 /// Result of a call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -79,6 +81,9 @@ pub enum Error {
     /// The device cannot do what was asked (memory, missing op).
     #[error("device: {0}")]
     Device(String),
+    /// An engine did not fall asleep or wake up.
+    #[error(transparent)]
+    Sleep(#[from] SleepError),
     /// The engine stopped or failed.
     #[error("the engine failed: {0}")]
     Engine(String),
@@ -117,10 +122,12 @@ impl Error {
             | Self::File { .. }
             | Self::BadModel { .. }
             | Self::NoTokenizer { .. }
-            | Self::Text { .. } => true,
+            | Self::Text { .. }
+            | Self::Sleep(SleepError::Unsupported(_)) => true,
             Self::Fetch { .. }
             | Self::QueueFull { .. }
             | Self::Device(_)
+            | Self::Sleep(_)
             | Self::Engine(_)
             | Self::Io { .. } => false,
         }

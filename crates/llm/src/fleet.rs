@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use bitfast_engine::{
     EngineHandle, EngineInfo, EngineRequest, EngineStats, Event, Health, RequestGuard, Shutdown, SleepLevel,
-    StepRecord,
+    SleepState, StepRecord, Transition,
 };
 
 use crate::error::{Error, Result};
@@ -90,16 +90,40 @@ impl Fleet {
         self.engines.iter().map(|engine| engine.step_stats(since)).collect()
     }
 
-    /// Pauses all engines: see [`EngineHandle::pause`].
+    /// Pauses all engines; deep levels return once memory has been given back. See [`EngineHandle::pause`].
     pub fn pause(&self, level: SleepLevel) -> Result<()> {
-        let paused = self.engines.iter().try_for_each(|engine| engine.pause(level));
-        paused.map_err(|e| Error::invalid("level", e.to_string()))
+        let begun = self.engines.iter().map(|engine| engine.begin_pause(level));
+        let begun = begun.collect::<Result<Vec<_>, _>>()?;
+        if level > SleepLevel::Pause {
+            begun.into_iter().try_for_each(Transition::wait)?;
+        }
+        Ok(())
     }
 
-    /// Ends every pause.
+    /// Ends every pause, returning once all engines have their memory again. If one cannot have it, all sleep
+    /// on, and [`sleep_state`](Self::sleep_state) has the reason.
     pub fn resume(&self) -> Result<()> {
-        self.engines.iter().for_each(EngineHandle::resume);
+        let before: Vec<SleepState> = self.engines.iter().map(EngineHandle::sleep_state).collect();
+        // One after another: they share the weights, which the first one to wake reads.
+        for engine in &*self.engines {
+            let Err(error) = engine.resume() else { continue };
+            for (engine, state) in self.engines.iter().zip(&before) {
+                if let (SleepState::Asleep { level, .. }, SleepState::Awake) = (state, engine.sleep_state()) {
+                    engine.pause(*level)?;
+                }
+            }
+            return Err(error.into());
+        }
         Ok(())
+    }
+
+    /// How the engines sleep: that of the deepest sleeper, a failed attempt to wake first.
+    pub fn sleep_state(&self) -> SleepState {
+        let rank = |state: &SleepState| match state {
+            SleepState::Awake => (false, None),
+            SleepState::Asleep { level, failed_wake } => (failed_wake.is_some(), Some(*level)),
+        };
+        self.engines.iter().map(EngineHandle::sleep_state).max_by_key(rank).expect("a fleet has engines")
     }
 
     /// Whether any engine is paused.

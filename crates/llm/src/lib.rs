@@ -26,7 +26,8 @@ mod structured;
 pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
 pub use assemble::{Assembler, Chunk, Step};
 pub use bitfast_engine::{
-    EngineHandle, EngineInfo, EngineStats, Event, Health, RequestGuard, Shutdown, SleepLevel, StepRecord,
+    EngineHandle, EngineInfo, EngineStats, Event, Health, RequestGuard, RestoreError, Shutdown, SleepError,
+    SleepLevel, SleepState, StepRecord,
 };
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_text::{ChatMessage, Tokenizer};

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bitfast_engine::OpenWeights;
 use bitfast_model::{
     DummySource, GenerationConfig, Gguf, GgufSource, MetaValue, ModelConfig, SafetensorsSource, WeightSource,
 };
@@ -28,6 +29,20 @@ pub(crate) struct Opened {
     pub config: ModelConfig,
     pub weights: Box<dyn WeightSource>,
     pub generation: GenerationConfig,
+    /// Opens the same once more.
+    pub reopen: Box<OpenWeights>,
+}
+
+/// Opens the model's files anew, for engines that dropped their weights in a deep sleep.
+fn reopen(args: EngineArgs, files: ModelFiles) -> Box<OpenWeights> {
+    Box::new(move || {
+        let gguf = match &files {
+            ModelFiles::Gguf(path) => Some(Arc::new(Gguf::open(path).map_err(|e| e.to_string())?)),
+            ModelFiles::Folder(_) | ModelFiles::Builtin(_) => None,
+        };
+        let opened = open(&args, &files, gguf.as_ref()).map_err(|e| e.to_string())?;
+        Ok((opened.config, opened.weights))
+    })
 }
 
 /// Finds, opens and loads everything, and starts the engine.
@@ -58,7 +73,9 @@ pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Par
         args.chat_template.as_deref().map(|path| template(path, tokenizer.as_ref())).transpose()?;
     let eos = end_tokens(&opened, tokenizer.as_ref());
     let generation = opened.generation.clone();
-    let fleet = start::fleet(args, device, &opened, eos, on_progress)?;
+    // Files stay mapped no longer than needed: somebody may shorten them.
+    drop(gguf);
+    let fleet = start::fleet(args, device, opened, eos, on_progress)?;
     Ok(Parts { fleet, tokenizer, chat_template, generation })
 }
 
@@ -104,7 +121,7 @@ fn open(args: &EngineArgs, files: &ModelFiles, gguf: Option<&Arc<Gguf>>) -> Resu
             return Err(Error::invalid("load_format", format!("gguf, but {} is a folder", dir.display())));
         }
     };
-    Ok(Opened { config, weights, generation })
+    Ok(Opened { config, weights, generation, reopen: reopen(args.clone(), files.clone()) })
 }
 
 fn read(path: &Path) -> Result<(String, String)> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
 use bitfast_cuda::{CudaBackend, CudaError, CudaOptions};
-use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock};
+use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock, WeightStore};
 use bitfast_model::{LoadOptions, Loaded, ModelConfig};
 use bitfast_ops::Backend;
 
@@ -82,7 +82,7 @@ fn cuda(args: &EngineArgs, ordinal: usize) -> Result<CudaBackend, CudaError> {
 pub(crate) fn fleet(
     args: &EngineArgs,
     target: Target,
-    opened: &Opened,
+    opened: Opened,
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
 ) -> Result<Fleet> {
@@ -135,7 +135,7 @@ fn on_backends<B: Backend>(
     memory: Memory,
     threads: usize,
     args: &EngineArgs,
-    opened: &Opened,
+    opened: Opened,
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
 ) -> Result<Fleet> {
@@ -197,16 +197,21 @@ fn on_backends<B: Backend>(
         ..EngineConfig::default()
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let reopen = opened.reopen;
+    drop(opened.weights);
     // Each engine gets step buffers of its own: these are not needed.
     let Loaded { model, weights_digest, config_digest } = loaded;
     let shared = model.weights();
     drop(model);
+    let store = WeightStore::new(&shared, (weights_digest, config_digest), options, reopen);
+    let store = Arc::new(store);
     let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
     let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
         let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
         let loaded = Loaded { model, weights_digest, config_digest };
-        let runner =
-            ModelRunner::new(backend, loaded, block_size, size.num_blocks).map_err(|e| device(&e))?;
+        let runner = ModelRunner::new(backend, loaded, block_size, size.num_blocks)
+            .map_err(|e| device(&e))?
+            .with_store(Arc::clone(&store));
         // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
         let seed = config.seed.wrapping_add(rank as u64);
         let config = EngineConfig { rank, seed, cache_key: [random(1), random(2)], ..config.clone() };

@@ -242,7 +242,7 @@ fn breaking_off_aborts_the_rest() {
     llm.engine().pause(bitfast_llm::SleepLevel::Pause).unwrap();
     let stream = llm.stream(Request::new("hello", ascii(0, 900))).unwrap();
     stream.abort();
-    llm.engine().resume();
+    llm.engine().resume().unwrap();
     let output = stream.finish().unwrap();
     assert_eq!(output.outputs[0].finish_reason, Some(FinishReason::Abort));
 }

@@ -281,6 +281,13 @@ pub trait Backend: Send + 'static {
     fn kv(&self, layout: &KvLayout, num_blocks: usize) -> Result<Self::Kv>;
     /// Bytes that may still be given to the KV cache, from the device's free memory.
     fn free_bytes(&self) -> u64;
+    /// Whether packed weights are in the host's memory: an engine that sleeps to free the device keeps them.
+    fn weights_on_host(&self) -> bool {
+        false
+    }
+    /// Gives scratch memory back and forgets captured launch sequences: the weights, tensors and caches that
+    /// were used so far are about to be dropped. They come again, elsewhere, before the next step.
+    fn release(&mut self) {}
 
     /// Makes ready whatever steps will need (kernels to be compiled), once, when everything is loaded. `body` runs the model's
     /// ops; a backend that calls it lets them compute nothing.

@@ -33,6 +33,7 @@ fn random_traffic_with_the_fixed_seed() {
         report.refused,
         report.preemptions,
         report.cached_tokens,
+        report.sleeps,
     ];
     assert!(reached.iter().all(|count| *count > 20), "{report:?}");
 }

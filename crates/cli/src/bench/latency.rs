@@ -102,7 +102,7 @@ fn measure(llm: &LLM, args: &LatencyArgs, round: u64) -> Outcome<Sample> {
         })
         .collect();
     let begin = Instant::now();
-    engine.resume();
+    engine.resume().map_err(|e| Exit::Ours(e.to_string()))?;
     for stream in streams? {
         let output = stream.finish()?;
         let got = output.outputs[0].token_ids.len();

@@ -240,6 +240,13 @@ impl Backend for CudaBackend {
         allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES)
     }
 
+    fn release(&mut self) {
+        // Memory is freed on this thread, which may not have run a step yet. A device that fails here fails at the
+        // restore as well, where there is somebody to tell.
+        let _ = self.device.bind().and_then(|()| self.stream.synchronize());
+        self.graphs.iter_mut().for_each(Graphs::clear);
+    }
+
     fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
         self.device.bind().map_err(failed(&self.name))?;
         let logit_rows = self.logit_rows.get();

@@ -49,6 +49,8 @@ pub struct Report {
     pub preemptions: u64,
     /// Prompt tokens found in the prefix cache.
     pub cached_tokens: u64,
+    /// Times the engine was put to a sleep that loses its cache.
+    pub sleeps: u64,
     /// Hash of every event in its tick.
     pub log: u64,
 }
@@ -73,6 +75,7 @@ pub fn run_requests(
         total.steps += report.steps;
         total.preemptions += report.preemptions;
         total.cached_tokens += report.cached_tokens;
+        total.sleeps += report.sleeps;
         total.log = total.log.rotate_left(5) ^ report.log;
     }
     Ok(total)
@@ -141,7 +144,10 @@ impl Episode {
             self.disturb();
             self.step()?;
         }
-        self.handle.resume();
+        while self.handle.is_paused() {
+            let _ = self.handle.begin_resume();
+            self.step()?;
+        }
         let mut left: u64 = self.live.iter().map(|i| 2 * self.requests[*i].cost(self.max_model_len)).sum();
         while !self.live.is_empty() {
             left = left.checked_sub(1).ok_or_else(|| format!("{} requests never end", self.live.len()))?;
@@ -200,15 +206,34 @@ impl Episode {
         }
         if self.rng.one_in(40) {
             match self.handle.is_paused() {
-                true => self.handle.resume(),
-                false => self.handle.pause(SleepLevel::Pause).expect("pausing is always supported"),
+                true => drop(self.handle.begin_resume()),
+                false => self.sleep(),
             }
         }
         if self.rng.one_in(100) {
             self.handle.reset_prefix_cache();
-            for (forgotten, tracked) in self.forgotten.iter_mut().zip(&self.requests) {
-                *forgotten |= tracked.ended;
-            }
+            self.forget();
+        }
+    }
+
+    /// Some pauses are sleeps that lose the cache; what runs is computed anew then.
+    fn sleep(&mut self) {
+        let levels = [SleepLevel::Pause, SleepLevel::OffloadWeights, SleepLevel::DropWeights];
+        let level = *self.rng.pick(&levels);
+        let _ = self.handle.begin_pause(level).expect("the fake supports every level");
+        if level == SleepLevel::Pause {
+            return;
+        }
+        self.report.sleeps += 1;
+        self.forget();
+        let again: u64 = self.live.iter().map(|i| self.requests[*i].cost(self.max_model_len)).sum();
+        self.live.iter().for_each(|i| self.requests[*i].bound += again);
+    }
+
+    /// The cache no longer knows requests that have ended.
+    fn forget(&mut self) {
+        for (forgotten, tracked) in self.forgotten.iter_mut().zip(&self.requests) {
+            *forgotten |= tracked.ended;
         }
     }
 

@@ -1,4 +1,6 @@
-use bitfast_engine::{Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs, system_fingerprint};
+use bitfast_engine::{
+    RestoreError, Runner, RunnerError, RunnerInfo, SleepLevel, StepInputs, StepOutputs, system_fingerprint,
+};
 use bitfast_ops::{BatchInputs, Class, LogprobsRow, RowFault, RowSample, SampleRow, SeqInput};
 
 use super::oracle::{Prefix, VOCAB};
@@ -35,6 +37,8 @@ pub struct FakeRunner {
     slots: Vec<Slot>,
     fault: Fault,
     steps: u64,
+    asleep: bool,
+    wake_attempts: u64,
 }
 
 impl FakeRunner {
@@ -59,7 +63,14 @@ impl FakeRunner {
             device: "fake".to_owned(),
             fingerprint: system_fingerprint(Class::Portable, [0; 8]),
         };
-        Self { info, slots: vec![Slot::Empty; block_size * num_blocks], fault, steps: 0 }
+        Self {
+            info,
+            slots: vec![Slot::Empty; block_size * num_blocks],
+            fault,
+            steps: 0,
+            asleep: false,
+            wake_attempts: 0,
+        }
     }
 
     /// The hash of the sequence's tokens `0..=last`, read through its block table.
@@ -147,6 +158,7 @@ impl Runner for FakeRunner {
     }
 
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
+        assert!(!self.asleep, "a step of a runner that sleeps");
         self.check(step)?;
         self.poison(step.poison);
         let mut batch = step.batch.clone();
@@ -160,5 +172,24 @@ impl Runner for FakeRunner {
         }
         let samples = step.rows.iter().map(|row| self.answer(&batch, row));
         Ok(StepOutputs { samples: samples.collect::<Result<_, _>>()?, logits: None })
+    }
+
+    fn deepest_sleep(&self) -> SleepLevel {
+        SleepLevel::DropWeights
+    }
+
+    fn release(&mut self, _: SleepLevel) {
+        self.slots.fill(Slot::Empty);
+        self.asleep = true;
+    }
+
+    /// Every third attempt fails.
+    fn restore(&mut self) -> Result<(), RestoreError> {
+        self.wake_attempts += 1;
+        if self.wake_attempts.is_multiple_of(3) {
+            return Err(RestoreError::Device("no memory yet".to_owned()));
+        }
+        self.asleep = false;
+        Ok(())
     }
 }
