@@ -28,6 +28,7 @@ pub use config::{EngineConfig, EngineInfo, MAX_LOGIT_BIAS, MAX_SAMPLES, MAX_WORD
 pub use constraint::{Constraint, ConstraintFault, ConstraintSource, MayEnd, Progress, TokenConstraint};
 pub use engine::{Engine, EngineError, Step};
 pub use handle::{EngineHandle, Health, RequestGuard, RequestStream, Shutdown, TryEvent};
+pub use live::{forbid_next, row_params};
 pub use model_runner::ModelRunner;
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,

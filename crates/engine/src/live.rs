@@ -199,15 +199,7 @@ impl Live {
         let Self { samples, sampling, eos, .. } = self;
         let sample = &mut samples[index as usize];
         sample.forbidden.truncate(sample.always_forbidden);
-        if output.len() < sampling.min_tokens as usize {
-            sample.forbidden.extend(eos.iter().chain(&sampling.stop_token_ids));
-        }
-        for word in &sampling.bad_words {
-            let (last, start) = word.split_last().expect("validated");
-            if !start.is_empty() && output.ends_with(start) {
-                sample.forbidden.push(*last);
-            }
-        }
+        forbid_next(sampling, eos, output, &mut sample.forbidden);
     }
 
     /// What the choice of the next token of sample `index` depends on.
@@ -241,7 +233,22 @@ fn guide_rules(sampling: &SamplingParams, model_eos: &[u32]) -> Arc<GuideRules> 
     Arc::new(rules)
 }
 
-fn row_params(p: &SamplingParams, seed: u64) -> RowParams {
+/// Adds the tokens that may not follow `output`, but for bad words of one token, which never may: end tokens (`eos` are the
+/// model's, in so far as they end this request) while `min_tokens` are not reached, and the last token of a bad word.
+pub fn forbid_next(sampling: &SamplingParams, eos: &[u32], output: &[u32], forbidden: &mut Vec<u32>) {
+    if output.len() < sampling.min_tokens as usize {
+        forbidden.extend(eos.iter().chain(&sampling.stop_token_ids));
+    }
+    for word in &sampling.bad_words {
+        let (last, start) = word.split_last().expect("validated");
+        if !start.is_empty() && output.ends_with(start) {
+            forbidden.push(*last);
+        }
+    }
+}
+
+/// The numbers that choose a token; `seed` is the sample's own ([`stream_seed`]).
+pub fn row_params(p: &SamplingParams, seed: u64) -> RowParams {
     RowParams {
         temperature: p.temperature,
         // Validated to be at least -1, where -1 and 0 mean all.

@@ -2,6 +2,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use bitfast_ops::Class;
+
 use crate::env;
 use crate::error::{Error, Result};
 
@@ -38,6 +40,8 @@ pub struct EngineArgs {
     pub gpu_memory_utilization: f64,
     /// Launch every step on a GPU op by op, instead of replaying captured decode steps; same bits.
     pub enforce_eager: bool,
+    /// Numerics class; `None`: the device's own. [`Class::Hopper`] on the CPU is an emulation, ten times slower.
+    pub numerics: Option<Class>,
     /// Worker threads of the CPU backend, over all engines; `None`: one per core.
     pub threads: Option<NonZeroUsize>,
     /// Engines on one copy of the weights, among which threads and KV cache are divided. [1, 256]
@@ -81,6 +85,7 @@ impl EngineArgs {
             chat_template: None,
             load_format: LoadFormat::Auto,
             device: Device::Auto,
+            numerics: None,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
             threads: None,

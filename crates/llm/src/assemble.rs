@@ -3,7 +3,7 @@ use bitfast_text::{Detokenizer, Placement, SpecialTokens, StopMatcher, StopOutco
 
 use crate::error::{Error, Result};
 use crate::output::{
-    CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, StopReason,
+    CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, Sampling, StopReason,
 };
 use crate::params::TextParams;
 
@@ -63,6 +63,7 @@ pub(crate) struct Setup<'a> {
     pub text: TextParams,
     /// The model's own end tokens.
     pub eos: &'a [u32],
+    pub vocab_size: usize,
     pub tokenizer: Option<Tokenizer>,
     pub system_fingerprint: String,
 }
@@ -95,6 +96,7 @@ impl Assembler {
                 num_cached_tokens: 0,
                 metrics: Metrics::default(),
                 seed: sampling.seed.unwrap_or(0),
+                sampling: Sampling::of(sampling, setup.eos, setup.vocab_size),
                 system_fingerprint: setup.system_fingerprint,
             },
             end_tokens,
@@ -265,6 +267,7 @@ mod tests {
             sampling: &sampling,
             text,
             eos,
+            vocab_size: 1000,
             tokenizer: None,
             system_fingerprint: "f".into(),
         })

@@ -22,6 +22,7 @@ mod params;
 mod request;
 mod start;
 mod structured;
+mod verify;
 
 pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
 pub use assemble::{Assembler, Chunk, Step};
@@ -30,14 +31,19 @@ pub use bitfast_engine::{
     SleepLevel, SleepState, StepRecord,
 };
 pub use bitfast_model::GenerationConfig;
+pub use bitfast_ops::Class;
 pub use bitfast_text::{ChatMessage, Tokenizer};
 pub use error::{Error, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
 pub use fleet::Fleet;
 pub use llm::LLM;
 pub use output::{
-    CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, StopReason,
+    CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, Sampling, StopReason,
 };
 pub use params::SamplingParams;
 pub use request::{Prompt, Request, Stream};
 pub use structured::Structured;
+pub use verify::{
+    Difference, Mismatch, Recorded, RecordedSample, Transcript, Verification, Verifier, VerifyOptions,
+    VerifyProgress,
+};

@@ -173,6 +173,7 @@ impl LLM {
             sampling: &sampling,
             text,
             eos: &info.config.eos_token_ids,
+            vocab_size: info.vocab_size,
             tokenizer: self.tokenizer.clone(),
             system_fingerprint: info.fingerprint.clone(),
         });

@@ -45,17 +45,31 @@ fn reopen(args: EngineArgs, files: ModelFiles) -> Box<OpenWeights> {
     })
 }
 
+/// Finds and opens a model without loading it.
+pub(crate) fn find(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Opened> {
+    let (files, gguf) = locate(args, on_progress)?;
+    open(args, &files, gguf.as_ref())
+}
+
+fn locate(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<(ModelFiles, Option<Arc<Gguf>>)> {
+    let files = fetch::resolve(&args.model, args.revision.as_deref(), args.load_format, on_progress)?;
+    let gguf = match &files {
+        ModelFiles::Gguf(path) => Some(Arc::new(
+            Gguf::open(path)
+                .map_err(|e| Error::BadModel { name: args.model.clone(), message: e.to_string() })?,
+        )),
+        ModelFiles::Folder(_) | ModelFiles::Builtin(_) => None,
+    };
+    Ok((files, gguf))
+}
+
 /// Finds, opens and loads everything, and starts the engine.
 pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Parts> {
     args.validate()?;
     let device = start::device(args)?;
-    let files = fetch::resolve(&args.model, args.revision.as_deref(), args.load_format, &mut *on_progress)?;
+    let (files, gguf) = locate(args, &mut *on_progress)?;
     let bad =
         |e: &dyn std::fmt::Display| Error::BadModel { name: args.model.clone(), message: e.to_string() };
-    let gguf = match &files {
-        ModelFiles::Gguf(path) => Some(Arc::new(Gguf::open(path).map_err(|e| bad(&e))?)),
-        ModelFiles::Folder(_) | ModelFiles::Builtin(_) => None,
-    };
     let opened = open(args, &files, gguf.as_ref())?;
     let own_tokenizer = || match (&files, &gguf) {
         (ModelFiles::Folder(dir), _) => Tokenizer::from_dir(dir).map(Some),

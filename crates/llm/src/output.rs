@@ -1,5 +1,7 @@
+use std::collections::BTreeMap;
+
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// The answer to one prompt. Its JSON form is what `bitfast run --json` and answer files hold; floats print
 /// as the shortest text that reads back to the same fp32 bits.
@@ -21,6 +23,8 @@ pub struct RequestOutput {
     pub metrics: Metrics,
     /// The seed in use, drawn when none was given.
     pub seed: u64,
+    /// How tokens were chosen, defaults filled in.
+    pub sampling: Sampling,
     /// Numerics version, class, and digest of contract, weights and config: equal fingerprints, equal bits.
     pub system_fingerprint: String,
 }
@@ -42,6 +46,73 @@ pub struct CompletionOutput {
     pub finish_reason: Option<FinishReason>,
     /// The stop string, or the id of the stop token, that ended it; `None` for the model's own end token.
     pub stop_reason: Option<StopReason>,
+}
+
+/// What, with the seed and the logits, decided which tokens were chosen: enough for `bitfast verify` to choose them again.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 1: all.
+    pub top_p: f32,
+    /// -1 or 0: all.
+    pub top_k: i32,
+    /// 0: all.
+    pub min_p: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// End tokens were not chosen before this many tokens.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub min_tokens: u32,
+    /// The end tokens that `min_tokens` kept away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub end_token_ids: Vec<u32>,
+    /// Added to logits.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Only these tokens could be chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Token sequences that could not appear.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bad_words: Vec<Vec<u32>>,
+    /// A grammar, which is not recorded, narrowed the choice further.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub constrained: bool,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+impl Sampling {
+    /// What of the engine's parameters chooses tokens; `eos` are the model's end tokens.
+    pub(crate) fn of(params: &bitfast_engine::SamplingParams, eos: &[u32], vocab_size: usize) -> Self {
+        let p = params;
+        let model = if p.ignore_eos { &[] } else { eos };
+        let ends = if p.min_tokens == 0 { [&[][..], &[]] } else { [model, &p.stop_token_ids] };
+        let ids = 0..vocab_size as u32;
+        Self {
+            temperature: p.temperature,
+            top_p: p.top_p,
+            top_k: p.top_k,
+            min_p: p.min_p,
+            presence_penalty: p.presence_penalty,
+            frequency_penalty: p.frequency_penalty,
+            repetition_penalty: p.repetition_penalty,
+            min_tokens: p.min_tokens,
+            end_token_ids: ends.concat(),
+            logit_bias: p.logit_bias.clone(),
+            allowed_token_ids: p.allowed_token_ids.as_ref().map(|m| ids.filter(|id| m.allows(*id)).collect()),
+            bad_words: p.bad_words.clone(),
+            constrained: p.constraint.is_some(),
+        }
+    }
 }
 
 /// Why a sample ended.
@@ -150,12 +221,18 @@ mod tests {
             num_cached_tokens: 0,
             metrics: Metrics::default(),
             seed: 5,
+            sampling: Sampling {
+                temperature: 0.7,
+                top_p: 1.0,
+                repetition_penalty: 1.0,
+                ..Sampling::default()
+            },
             system_fingerprint: "f".into(),
         };
         let json = serde_json::to_string(&output).unwrap();
         assert_eq!(
             json,
-            r#"{"request_id":"a","prompt":"p","prompt_token_ids":[1,2],"prompt_logprobs":[null,{"2":{"logprob":-0.1,"rank":1,"decoded_token":"t1"}}],"outputs":[{"index":0,"text":"x","token_ids":[9],"cumulative_logprob":-0.10000000149011612,"logprobs":[{"9":{"logprob":-1e-7,"rank":2,"decoded_token":"t2"},"3":{"logprob":1.1754944e-38,"rank":1,"decoded_token":"t1"}}],"finish_reason":"stop","stop_reason":9}],"num_cached_tokens":0,"metrics":{"queued_s":0.0,"time_to_first_token_s":null,"total_s":0.0,"preemptions":0},"seed":5,"system_fingerprint":"f"}"#
+            r#"{"request_id":"a","prompt":"p","prompt_token_ids":[1,2],"prompt_logprobs":[null,{"2":{"logprob":-0.1,"rank":1,"decoded_token":"t1"}}],"outputs":[{"index":0,"text":"x","token_ids":[9],"cumulative_logprob":-0.10000000149011612,"logprobs":[{"9":{"logprob":-1e-7,"rank":2,"decoded_token":"t2"},"3":{"logprob":1.1754944e-38,"rank":1,"decoded_token":"t1"}}],"finish_reason":"stop","stop_reason":9}],"num_cached_tokens":0,"metrics":{"queued_s":0.0,"time_to_first_token_s":null,"total_s":0.0,"preemptions":0},"seed":5,"sampling":{"temperature":0.7,"top_p":1.0,"top_k":0,"min_p":0.0,"presence_penalty":0.0,"frequency_penalty":0.0,"repetition_penalty":1.0},"system_fingerprint":"f"}"#
         );
     }
 }

@@ -9,7 +9,7 @@ use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
 use bitfast_cuda::{CudaBackend, CudaError, CudaOptions};
 use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock, WeightStore};
 use bitfast_model::{LoadOptions, Loaded, ModelConfig};
-use bitfast_ops::Backend;
+use bitfast_ops::{Backend, Class};
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
 use crate::error::{Error, Result};
@@ -42,11 +42,15 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
     match args.device {
         Device::Cpu => Ok(Target::Cpu(isa)),
         // Whatever a GPU would refuse, or that is asked of the CPU alone, goes to the CPU.
+        Device::Auto if args.numerics == Some(Class::Portable) => Ok(Target::Cpu(isa)),
         Device::Auto if !args.batch_invariant || args.data_parallel_size > 1 || args.cpu_isa.is_some() => {
             Ok(Target::Cpu(isa))
         }
         Device::Auto => Ok(cuda(args, 0).map_or(Target::Cpu(isa), |gpu| Target::Cuda(Box::new(gpu)))),
         Device::Cuda(ordinal) => {
+            if args.numerics == Some(Class::Portable) {
+                return Err(Error::invalid("numerics", "a GPU computes in class hopper, not portable"));
+            }
             if !args.batch_invariant {
                 let message = "the CUDA backend has no unconstrained mode yet";
                 return Err(Error::invalid("batch_invariant", message));
@@ -62,7 +66,7 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
 }
 
 /// The instruction-set path to run on.
-fn isa(args: &EngineArgs) -> Result<Isa> {
+pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
     let Some(name) = &args.cpu_isa else { return Ok(Isa::detect()) };
     let isa = Isa::parse(name).and_then(Isa::require);
     isa.map_err(|e| Error::invalid(crate::env::CPU_ISA.names[0], e.to_string()))
@@ -93,6 +97,11 @@ pub(crate) fn fleet(
         }
         Target::Cpu(isa) => isa,
     };
+    let class = args.numerics.unwrap_or(Class::Portable);
+    if class == Class::Hopper && !args.batch_invariant {
+        let message = "the emulation of class hopper has no unconstrained mode";
+        return Err(Error::invalid("batch_invariant", message));
+    }
     let threads = args.threads.map_or_else(cores, NonZeroUsize::get);
     let backends = (0..args.data_parallel_size).map(|rank| {
         let mine = share(threads, args.data_parallel_size, rank);
@@ -103,7 +112,7 @@ pub(crate) fn fleet(
             first_core: mine.start,
             // More engines than threads: they take turns on the cores, as the system likes.
             pin: threads >= args.data_parallel_size,
-            ..CpuOptions::default()
+            class,
         };
         CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))
     });

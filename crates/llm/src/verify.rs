@@ -1,0 +1,503 @@
+//! Re-deriving on this machine's CPU what another machine computed: the proof of the law, by anyone.
+//!
+//! A transcript's tokens are scored in one pass of chunks, whatever batches and steps they came from. Every recorded
+//! logprob has to come out with the same bits, and every token be chosen again where the transcript says how it was.
+
+mod report;
+mod transcript;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use bitfast_cpu::{CpuBackend, CpuOptions};
+use bitfast_engine::{self as engine, ModelRunner, Readback, Runner, StepInputs};
+use bitfast_model::LoadOptions;
+use bitfast_ops::contract::NUMERICS_VERSION;
+use bitfast_ops::exact::stream_seed;
+use bitfast_ops::{Backend, BatchInputs, BitMask, Class, RowChoice, RowSample, SampleRow, SeqInput};
+
+use crate::args::EngineArgs;
+use crate::error::{Error, Result};
+use crate::fetch::{Activity, OnProgress, Progress};
+use crate::load;
+use crate::output::Sampling;
+
+pub use report::{Difference, Mismatch, Verification};
+pub use transcript::{Recorded, RecordedSample, Transcript};
+
+/// Rows of a step, all of which may be scored: `4 * vocab_size` bytes each.
+const ROWS: usize = 120;
+
+/// What of a transcript is verified.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VerifyOptions {
+    /// Of each sample only so many tokens, chosen by `seed`; `None`: all.
+    pub positions: Option<NonZeroUsize>,
+    /// Chooses them.
+    pub seed: u64,
+}
+
+/// How far a verification is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// Tokens that were read.
+    pub done: usize,
+    /// Tokens that have to be.
+    pub total: usize,
+}
+
+/// A model on the CPU, ready to verify transcripts of one numerics class.
+pub struct Verifier {
+    runner: Box<dyn Runner>,
+    fingerprint: String,
+    class: Class,
+    vocab_size: usize,
+    block_size: usize,
+    max_len: usize,
+}
+
+impl Verifier {
+    /// Loads the model of `args` for `transcripts`: with room for the longest, in the class that they are of
+    /// (`args.numerics` for those that do not say). Only the model, its source, threads and instruction set count.
+    ///
+    /// # Errors
+    /// The transcripts are not all of one class, or of one that this build cannot derive; the model cannot be loaded.
+    pub fn new(args: &EngineArgs, transcripts: &[Transcript], on_progress: OnProgress<'_>) -> Result<Self> {
+        let class = common_class(args, transcripts)?;
+        let isa = crate::start::isa(args)?;
+        let opened = load::find(args, &mut *on_progress)?;
+        let longest = transcripts.iter().map(Transcript::longest).max().unwrap_or(1).max(1);
+        let limit = opened.config.max_position_embeddings;
+        if longest > limit {
+            let message = format!("holds {longest} tokens, the model reads at most {limit}");
+            return Err(Error::invalid("transcript", message));
+        }
+        let threads = args.threads.map(NonZeroUsize::get);
+        let options = CpuOptions { threads, isa: Some(isa), class, ..CpuOptions::default() };
+        let backend = CpuBackend::new(&options).map_err(|e| Error::Device(e.to_string()))?;
+        let block_size = backend.block_sizes()[0];
+        let options = LoadOptions {
+            max_num_batched_tokens: ROWS,
+            max_logit_rows: ROWS,
+            max_model_len: longest,
+            threads: backend.threads(),
+        };
+        let weights = 2 * opened.config.num_parameters() as u64;
+        on_progress(Progress::Start {
+            activity: Activity::Load,
+            what: args.model.clone(),
+            total: Some(weights),
+        });
+        let mut on_tensor = |done: bitfast_model::Progress| on_progress(Progress::Bytes(done.bytes));
+        let loaded =
+            bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut on_tensor);
+        on_progress(Progress::Done);
+        let loaded = loaded.map_err(|e| match e {
+            bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
+            e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
+        })?;
+        let runner = ModelRunner::new(backend, loaded, block_size, longest.div_ceil(block_size));
+        let runner = Box::new(runner.map_err(|e| Error::Device(e.to_string()))?);
+        let info = runner.info();
+        Ok(Self {
+            runner,
+            fingerprint: info.fingerprint,
+            class,
+            vocab_size: info.vocab_size,
+            block_size,
+            max_len: longest,
+        })
+    }
+
+    /// What equal bits have to be labelled with.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The class that is derived.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Derives one transcript, up to the first difference. `on_progress` is called after every step.
+    ///
+    /// # Errors
+    /// The transcript is of another model, has tokens that the model lacks, or nothing that could be verified.
+    pub fn verify(
+        &mut self,
+        transcript: &Transcript,
+        options: &VerifyOptions,
+        on_progress: &mut dyn FnMut(VerifyProgress),
+    ) -> Result<Verification> {
+        self.check_model(transcript)?;
+        self.check_tokens(transcript)?;
+        let plans: Vec<Plan> =
+            (0..transcript.samples.len()).map(|i| Plan::new(transcript, i, options)).collect();
+        let total = plans.iter().map(Plan::rows).sum();
+        if plans.iter().all(|plan| plan.targets.is_empty()) {
+            let message =
+                "records neither logprobs nor how its tokens were chosen: there is nothing to compare";
+            return Err(Error::invalid(name_of(transcript), message));
+        }
+        let mut report = Verification {
+            request_id: transcript.name.clone(),
+            system_fingerprint: self.fingerprint.clone(),
+            positions: 0,
+            logprobs: 0,
+            choices: 0,
+            difference: None,
+        };
+        let mut done = 0;
+        for plan in &plans {
+            for first in (0..plan.rows()).step_by(ROWS) {
+                let rows = first..(first + ROWS).min(plan.rows());
+                done += rows.len();
+                self.step(plan, rows, &mut report)?;
+                on_progress(VerifyProgress { done, total });
+                if report.difference.is_some() {
+                    return Ok(report);
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Computes rows `rows` of a plan's tokens and compares what they predict.
+    fn step(
+        &mut self,
+        plan: &Plan<'_>,
+        rows: std::ops::Range<usize>,
+        report: &mut Verification,
+    ) -> Result<()> {
+        assert!(rows.end <= self.max_len, "row {} of {}", rows.end, self.max_len);
+        let targets: Vec<&Target> =
+            plan.targets.iter().filter(|t| rows.contains(&(t.position - 1))).collect();
+        let batch = BatchInputs {
+            token_ids: plan.tokens[rows.clone()].to_vec(),
+            positions: rows.clone().map(|r| r as u32).collect(),
+            // Blocks in order: a slot is a position.
+            slots: rows.clone().map(|r| r as u32).collect(),
+            seqs: vec![SeqInput {
+                first_row: 0,
+                num_rows: rows.len() as u32,
+                context_len: rows.start as u32,
+                block_table: (0..rows.end.div_ceil(self.block_size) as u32).collect(),
+                state_slot: 0,
+            }],
+            logit_rows: targets.iter().map(|t| (t.position - 1 - rows.start) as u32).collect(),
+        };
+        let forbidden: Vec<Vec<u32>> = targets.iter().map(|t| plan.forbidden(t.position)).collect();
+        let mut wanted = Vec::new();
+        for (i, target) in targets.iter().enumerate() {
+            wanted.push(target.score(i, plan.tokens[target.position], self.vocab_size));
+            if let Some(choosing) = plan.choosing.as_ref().filter(|_| target.position >= plan.prompt_len) {
+                wanted.push(SampleRow {
+                    logit_row: i as u32,
+                    position: target.position as u32,
+                    choose: Some(plan.choice(choosing, target.position, &forbidden[i])),
+                    score_token: None,
+                    logprobs: None,
+                });
+            }
+        }
+        let step = StepInputs { batch: &batch, rows: &wanted, poison: &[], readback: Readback::Samples };
+        let outputs = self.runner.execute(&step).map_err(|e| Error::Engine(e.to_string()))?;
+        let mut answers = outputs.samples.into_iter();
+        for target in targets {
+            let scored = answers.next().expect("one answer a row");
+            let chosen = plan.choosing.as_ref().filter(|_| target.position >= plan.prompt_len);
+            let chosen = chosen.map(|_| answers.next().expect("one answer a row"));
+            if let Some(what) = target.compare(plan.tokens[target.position], &scored, chosen.as_ref(), report)
+            {
+                let sample = (target.position >= plan.prompt_len).then_some(plan.index);
+                let token = plan.tokens[target.position];
+                report.difference = Some(Difference { sample, position: target.position, token, what });
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn check_model(&self, transcript: &Transcript) -> Result<()> {
+        let Some(theirs) = &transcript.system_fingerprint else { return Ok(()) };
+        if *theirs == self.fingerprint {
+            return Ok(());
+        }
+        // The version and the class are the same, or `new` would have refused.
+        let message = format!(
+            "{theirs} is not this model's fingerprint, {}: the digests of weights, config and contract differ. Is \
+             it the same model, from the same files?",
+            self.fingerprint
+        );
+        Err(Error::invalid(format!("{}: system_fingerprint", name_of(transcript)), message))
+    }
+
+    fn check_tokens(&self, transcript: &Transcript) -> Result<()> {
+        let sampling = transcript.sampling.as_ref();
+        let chosen = sampling.into_iter().flat_map(|s| {
+            let allowed = s.allowed_token_ids.iter().flatten();
+            s.end_token_ids
+                .iter()
+                .chain(allowed)
+                .chain(s.bad_words.iter().flatten())
+                .chain(s.logit_bias.keys())
+        });
+        let others = transcript.samples.iter().flat_map(|s| s.logprobs.iter().flat_map(|r| &r.others));
+        let mut all = transcript.prompt_token_ids.iter();
+        let mut all = all
+            .by_ref()
+            .chain(transcript.samples.iter().flat_map(|s| &s.token_ids))
+            .chain(others.map(|(token, ..)| token))
+            .chain(chosen);
+        match all.find(|token| **token as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(token) => {
+                let message = format!("token id {token} is outside the vocabulary of {}", self.vocab_size);
+                Err(Error::invalid(name_of(transcript), message))
+            }
+        }
+    }
+}
+
+/// How a transcript is called in messages.
+fn name_of(transcript: &Transcript) -> String {
+    format!("transcript {:?}", transcript.name)
+}
+
+/// The class of all transcripts.
+fn common_class(args: &EngineArgs, transcripts: &[Transcript]) -> Result<Class> {
+    let mut common = None;
+    for transcript in transcripts {
+        let class = match &transcript.system_fingerprint {
+            Some(fingerprint) => class_of(fingerprint)
+                .map_err(|e| Error::invalid(format!("{}: system_fingerprint", name_of(transcript)), e))?,
+            None => args.numerics.ok_or_else(|| {
+                let message = "is missing; say the numerics class of the machine that wrote it";
+                Error::invalid(format!("{}: system_fingerprint", name_of(transcript)), message)
+            })?,
+        };
+        if args.numerics.is_some_and(|wanted| wanted != class) || common.is_some_and(|c| c != class) {
+            let message = format!(
+                "{} is of class {}, not of the others' or the wanted one",
+                name_of(transcript),
+                class.name()
+            );
+            return Err(Error::invalid("numerics", message));
+        }
+        common = Some(class);
+    }
+    common.ok_or_else(|| Error::invalid("transcript", "there is none"))
+}
+
+/// The class in a fingerprint that this build can derive; else what is wrong with it.
+fn class_of(fingerprint: &str) -> Result<Class, String> {
+    let mut parts = fingerprint.splitn(4, '-');
+    let (Some("bitfast"), Some(version), Some(class), Some(digest)) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(format!("{fingerprint:?} is none of Bitfast's"));
+    };
+    if version != format!("v{NUMERICS_VERSION}") {
+        return Err(format!(
+            "{fingerprint} is of numerics version {version}, this build has v{NUMERICS_VERSION}"
+        ));
+    }
+    if digest.ends_with("-unconstrained") {
+        return Err(format!(
+            "{fingerprint} gave up the law: its bits may follow the batch and cannot be derived"
+        ));
+    }
+    let classes = [Class::Portable, Class::Hopper];
+    let found = classes.into_iter().find(|c| c.name() == class);
+    found.ok_or_else(|| format!("{fingerprint} is of class {class:?}; this build knows portable and hopper"))
+}
+
+/// What is computed for one sample.
+struct Plan<'a> {
+    index: u32,
+    prompt_len: usize,
+    /// Prompt and answer.
+    tokens: Vec<u32>,
+    /// Ascending.
+    targets: Vec<Target<'a>>,
+    /// When the transcript says how tokens were chosen.
+    choosing: Option<Choosing>,
+}
+
+/// A token that is derived.
+struct Target<'a> {
+    /// Its position, from 1: the row before predicts it.
+    position: usize,
+    recorded: Option<&'a Recorded>,
+}
+
+/// How a sample's tokens were chosen.
+struct Choosing {
+    params: engine::SamplingParams,
+    seed: u64,
+    allowed: Option<Arc<BitMask>>,
+    bias: Vec<(u32, f32)>,
+    /// Bad words of one token.
+    always_forbidden: Vec<u32>,
+    end_token_ids: Vec<u32>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(transcript: &'a Transcript, sample: usize, options: &VerifyOptions) -> Self {
+        let recorded = &transcript.samples[sample];
+        let prompt_len = transcript.prompt_token_ids.len();
+        let choosing = Choosing::of(transcript, recorded.index);
+        let mut targets = Vec::new();
+        // The prompt is the same for all samples.
+        if sample == 0 {
+            let rows = transcript.prompt_logprobs.iter().enumerate().skip(1);
+            targets.extend(rows.map(|(position, row)| Target { position, recorded: row.as_ref() }));
+            targets.retain(|target| target.recorded.is_some());
+        }
+        let answer = (0..recorded.token_ids.len())
+            .map(|i| Target { position: prompt_len + i, recorded: recorded.logprobs.get(i) });
+        targets.extend(answer.filter(|target| target.recorded.is_some() || choosing.is_some()));
+        if let Some(count) = options.positions {
+            keep_some(&mut targets, count.get(), stream_seed(options.seed, recorded.index));
+        }
+        let tokens = [&transcript.prompt_token_ids[..], &recorded.token_ids].concat();
+        Self { index: recorded.index, prompt_len, tokens, targets, choosing }
+    }
+
+    /// Rows that have to be computed.
+    fn rows(&self) -> usize {
+        self.targets.last().map_or(0, |target| target.position)
+    }
+
+    /// Tokens that could not be chosen at `position`.
+    fn forbidden(&self, position: usize) -> Vec<u32> {
+        let Some(choosing) = self.choosing.as_ref().filter(|_| position >= self.prompt_len) else {
+            return Vec::new();
+        };
+        let mut forbidden = choosing.always_forbidden.clone();
+        let output = &self.tokens[self.prompt_len..position];
+        engine::forbid_next(&choosing.params, &choosing.end_token_ids, output, &mut forbidden);
+        forbidden
+    }
+
+    fn choice<'s>(&'s self, choosing: &'s Choosing, position: usize, forbidden: &'s [u32]) -> RowChoice<'s> {
+        RowChoice {
+            params: engine::row_params(&choosing.params, choosing.seed),
+            allowed: choosing.allowed.clone(),
+            bias: &choosing.bias,
+            forbidden,
+            prompt: &self.tokens[..self.prompt_len],
+            output: &self.tokens[self.prompt_len..position],
+        }
+    }
+}
+
+/// Keeps `count` of `targets`, drawn by `seed`, in their order.
+fn keep_some(targets: &mut Vec<Target<'_>>, count: usize, seed: u64) {
+    let mut left = count.min(targets.len());
+    let mut seen = 0;
+    let all = targets.len();
+    targets.retain(|_| {
+        // Each subset of this size is equally likely.
+        let draw = stream_seed(seed, seen as u32 + 1) % (all - seen) as u64;
+        seen += 1;
+        let keep = draw < left as u64;
+        left -= usize::from(keep);
+        keep
+    });
+}
+
+impl Choosing {
+    fn of(transcript: &Transcript, index: u32) -> Option<Self> {
+        let (sampling, seed) = (transcript.sampling.as_ref()?, transcript.seed?);
+        // The grammar's part in the choice is not recorded.
+        let Sampling { constrained: false, .. } = sampling else { return None };
+        let s = sampling.clone();
+        let mask = |ids: Vec<u32>| {
+            let vocab = ids.iter().max().map_or(0, |id| *id as usize + 1);
+            Arc::new(BitMask::from_ids(vocab, ids))
+        };
+        Some(Self {
+            seed: stream_seed(seed, index),
+            allowed: s.allowed_token_ids.map(mask),
+            bias: s.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
+            always_forbidden: s.bad_words.iter().filter(|w| w.len() == 1).map(|w| w[0]).collect(),
+            end_token_ids: s.end_token_ids,
+            params: engine::SamplingParams {
+                temperature: s.temperature,
+                top_p: s.top_p,
+                top_k: s.top_k,
+                min_p: s.min_p,
+                presence_penalty: s.presence_penalty,
+                frequency_penalty: s.frequency_penalty,
+                repetition_penalty: s.repetition_penalty,
+                min_tokens: s.min_tokens,
+                bad_words: s.bad_words,
+                ..engine::SamplingParams::default()
+            },
+        })
+    }
+}
+
+impl Target<'_> {
+    /// Asks for what was recorded.
+    fn score(&self, logit_row: usize, token: u32, vocab_size: usize) -> SampleRow<'static> {
+        let ranks = self.recorded.into_iter().flat_map(|r| r.others.iter().map(|(.., rank)| *rank));
+        let best = ranks.max().unwrap_or(0).min(vocab_size as u32);
+        SampleRow {
+            logit_row: logit_row as u32,
+            position: self.position as u32,
+            choose: None,
+            score_token: Some(token),
+            logprobs: Some(best),
+        }
+    }
+
+    /// The first difference, and what was compared.
+    fn compare(
+        &self,
+        token: u32,
+        scored: &RowSample,
+        chosen: Option<&RowSample>,
+        report: &mut Verification,
+    ) -> Option<Mismatch> {
+        report.positions += 1;
+        let ours = match (&scored.token, &scored.logprobs) {
+            (Ok(_), Some(ours)) => ours,
+            (Err(fault), _) => return Some(Mismatch::Fault { ours: fault.to_string() }),
+            (Ok(_), None) => unreachable!("logprobs were asked for"),
+        };
+        if let Some(recorded) = self.recorded {
+            report.logprobs += 1 + recorded.others.len();
+            let logprob = |of, recorded: f32, ours: f32| Mismatch::logprob(of, recorded, ours);
+            if recorded.logprob.to_bits() != ours.logprob.to_bits() {
+                return Some(logprob(token, recorded.logprob, ours.logprob));
+            }
+            if let Some(rank) = recorded.rank.filter(|rank| *rank != ours.rank) {
+                return Some(Mismatch::Rank { of: token, recorded: rank, ours: ours.rank });
+            }
+            for (other, theirs, rank) in &recorded.others {
+                // Ranks count from 1; rank 0 is nobody's.
+                let place = (*rank as usize).checked_sub(1);
+                match place.and_then(|place| ours.top.get(place)) {
+                    Some((id, ours)) if id == other && ours.to_bits() == theirs.to_bits() => {}
+                    Some((id, ours)) if id == other => return Some(logprob(*other, *theirs, *ours)),
+                    found => {
+                        let ours = found.map(|(id, _)| *id);
+                        return Some(Mismatch::Best { rank: *rank, recorded: *other, ours });
+                    }
+                }
+            }
+        }
+        let chosen = chosen?;
+        report.choices += 1;
+        match chosen.token {
+            Ok(ours) if ours == token => None,
+            Ok(ours) => Some(Mismatch::Choice { recorded: token, ours }),
+            Err(fault) => Some(Mismatch::Fault { ours: fault.to_string() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
