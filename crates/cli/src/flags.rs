@@ -9,6 +9,8 @@ use bitfast::{
 };
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::serve::ServeArgs;
+
 /// Batch-invariant LLM inference: the bits of an answer never depend on what else runs beside it.
 #[derive(Parser, Debug)]
 #[command(name = "bitfast", version, max_term_width = 100, arg_required_else_help = true)]
@@ -24,6 +26,10 @@ pub enum Command {
     /// The text is completed as it stands; --chat applies the model's chat template. Without a prompt: a chat
     /// on a terminal, else the prompt is read from standard input.
     Run(Box<RunArgs>),
+    /// Serve a model over HTTP, by the OpenAI API
+    ///
+    /// Without a model: the default one. The first Ctrl-C (or SIGTERM) lets live requests finish.
+    Serve(Box<ServeArgs>),
     /// Fetch a model into the cache
     Pull(PullArgs),
     /// List the models that have a short name
@@ -64,7 +70,7 @@ impl Cli {
 }
 
 /// Flags of one dash and two letters, which other servers have and the parser would take for bundles.
-const TWO_LETTERS: &[(&str, &str)] = &[("-dp", "--data-parallel-size")];
+const TWO_LETTERS: &[(&str, &str)] = &[("-dp", "--data-parallel-size"), ("-tp", "--tensor-parallel-size")];
 
 /// `-dp` and `-dp=2` in full; everything else as it is.
 fn spell_out(arg: OsString) -> OsString {

@@ -12,6 +12,7 @@ mod progress;
 mod prompts_file;
 mod pull;
 mod run;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     interrupt::install();
     let outcome = match Cli::from_args().command {
         Command::Run(args) => run::run(&args),
+        Command::Serve(args) => serve::serve(&args),
         Command::Pull(args) => pull::pull(&args),
         Command::Models => pull::list(),
         Command::Bench(BenchCommand::Latency(args)) => bench::latency(&args),

@@ -392,6 +392,7 @@ fn help_texts_are_as_reviewed() {
     for (name, args) in [
         ("bitfast", &["--help"][..]),
         ("run", &["run", "--help"]),
+        ("serve", &["serve", "--help"]),
         ("pull", &["pull", "--help"]),
         ("bench-latency", &["bench", "latency", "--help"]),
         ("bench-throughput", &["bench", "throughput", "--help"]),

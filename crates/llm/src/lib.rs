@@ -32,7 +32,7 @@ pub use bitfast_engine::{
 };
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_ops::Class;
-pub use bitfast_text::{ChatMessage, Tokenizer};
+pub use bitfast_text::{ChatMessage, PromptEnd, RenderOptions, SpecialTokens, Tokenizer, UnixTime};
 pub use error::{Error, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
 pub use fleet::Fleet;

@@ -65,6 +65,22 @@ impl LLM {
         })
     }
 
+    /// Over engines that run already, for tools and tests. They serve the same weights, and are ranked in order.
+    ///
+    /// # Panics
+    /// Without an engine.
+    pub fn over(model: impl Into<String>, engines: Vec<EngineHandle>, tokenizer: Option<Tokenizer>) -> Self {
+        Self {
+            fleet: Fleet::new(engines),
+            tokenizer,
+            chat_template: None,
+            generation: GenerationConfig::default(),
+            model: model.into(),
+            next_id: AtomicU64::new(0),
+            grammars: Grammars::default(),
+        }
+    }
+
     /// Completes each prompt; outputs come in the prompts' order. The first mistake in a prompt or parameter
     /// is returned before anything runs on its behalf; what ran already is dropped.
     pub fn generate<P: Into<Prompt>>(
@@ -294,6 +310,21 @@ impl LLM {
         self.fleet.reset_prefix_cache();
     }
 
+    /// A conversation through the model's chat template. Its special tokens are in the text.
+    pub fn render_chat(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String> {
+        self.template()?.render(messages, options).map_err(|e| template_error(&e))
+    }
+
+    /// Token ids of a text; `add_special` adds what the model wants around one.
+    pub fn encode_text(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer.as_ref().ok_or(Error::NoTokenizer { what: "a text prompt" })?;
+        if text.is_empty() {
+            return Err(Error::invalid("prompt", "must not be empty"));
+        }
+        let ids = tokenizer.encode(text, add_special);
+        ids.map_err(|e| Error::Text { what: "tokenizer", message: e.to_string() })
+    }
+
     fn template(&self) -> Result<&ChatTemplate> {
         let own = || match &self.tokenizer {
             None => Err(Error::NoTokenizer { what: "a chat" }),
@@ -306,8 +337,7 @@ impl LLM {
         // Some templates print the date.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let now = now.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(0));
-        let options = RenderOptions::at(UnixTime(now));
-        self.template()?.render(messages, &options).map_err(|e| template_error(&e))
+        self.render_chat(messages, &RenderOptions::at(UnixTime(now)))
     }
 
     /// The text (when there is one) and the token ids of a prompt.

@@ -1,0 +1,152 @@
+//! `bitfast serve`: the OpenAI-compatible server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bitfast::{EngineArgs, LLM};
+use bitfast_server::{ServeError, Server, ServerConfig, Stop};
+use clap::Args;
+
+use crate::exit::{Exit, Outcome};
+use crate::flags::EngineFlags;
+use crate::{interrupt, progress};
+
+/// Flags of `bitfast serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// A short name, a folder, a .gguf file or a hub id; the same as --model
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    pub served: Option<String>,
+    #[command(flatten)]
+    pub http: HttpFlags,
+    #[command(flatten)]
+    pub limits: LimitFlags,
+    #[command(flatten)]
+    pub chat: ChatFlags,
+    #[command(flatten)]
+    pub engine: EngineFlags,
+}
+
+/// Who may ask, and where.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Server")]
+pub struct HttpFlags {
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0")]
+    pub host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    pub port: u16,
+    /// Names that requests use for the model [default: as it was given]
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub served_model_name: Vec<String>,
+    /// Keys, each of which opens the server [default: BITFAST_API_KEY or VLLM_API_KEY, else open to all]
+    #[arg(long, value_name = "KEY", num_args = 1..)]
+    pub api_key: Vec<String>,
+    /// How long live requests may go on after SIGTERM or Ctrl-C before they are aborted
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub shutdown_timeout: u64,
+    /// Folder for the profiler's traces
+    #[arg(
+        long,
+        value_name = "DIR",
+        visible_alias = "profiler-config.torch_profiler_dir",
+        alias = "profiler-config.torch-profiler-dir"
+    )]
+    pub profile_dir: Option<PathBuf>,
+    /// Accepted: there is one profiler
+    #[arg(long = "profiler-config.profiler", value_name = "NAME", hide = true)]
+    pub profiler: Option<String>,
+}
+
+/// What requests may ask for.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitFlags {
+    /// Most requests that wait in an engine; more are answered 503 [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub max_num_queued_reqs: Option<usize>,
+    /// Most logprobs of a position [default: 20]
+    #[arg(long, value_name = "N")]
+    pub max_logprobs: Option<u32>,
+    /// Key of the generator that draws the seeds of requests without one [default: from the system]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// auto or bfloat16, which is what there is
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "bfloat16"])]
+    pub dtype: String,
+    /// auto or bfloat16, which is what there is
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "bfloat16"])]
+    pub kv_cache_dtype: String,
+    /// none: weights are bf16 in memory, whatever the file has
+    #[arg(short = 'Q', long, value_name = "METHOD", value_parser = ["none", "gguf"])]
+    pub quantization: Option<String>,
+    /// Devices that share a layer: 1 is what there is; -tp for short
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1))]
+    pub tensor_parallel_size: u32,
+}
+
+/// How answers of a chat are read.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Chat")]
+pub struct ChatFlags {
+    /// Let the model decide whether it calls a tool
+    #[arg(long)]
+    pub enable_auto_tool_choice: bool,
+    /// How the model writes tool calls
+    #[arg(long, value_name = "NAME")]
+    pub tool_call_parser: Option<String>,
+    /// How the model marks its reasoning
+    #[arg(long, value_name = "NAME")]
+    pub reasoning_parser: Option<String>,
+}
+
+/// Loads the model and serves it until the process is asked to stop.
+pub fn serve(args: &ServeArgs) -> Outcome {
+    let llm = progress::start(engine_args(args)?, args.engine.quiet)?;
+    let config = server_config(args, &llm);
+    let server = Server::bind(llm, config, &args.http.host, args.http.port)?;
+    eprintln!("listening on http://{}", server.address()?);
+    let stop = Stop::default();
+    // The first Ctrl-C asks the server to stop, the second one ends the process.
+    let asked = stop.clone();
+    Ok(interrupt::catch(move || asked.stop(), || server.run(&stop))?)
+}
+
+fn engine_args(args: &ServeArgs) -> bitfast::Result<EngineArgs> {
+    let mut engine = args.engine.to_args()?;
+    if let Some(model) = &args.served {
+        engine.model.clone_from(model);
+    }
+    let LimitFlags { max_num_queued_reqs, max_logprobs, seed, .. } = args.limits;
+    engine.max_num_queued_reqs = max_num_queued_reqs.unwrap_or(engine.max_num_queued_reqs);
+    engine.max_logprobs = max_logprobs.unwrap_or(engine.max_logprobs);
+    engine.seed = seed;
+    Ok(engine)
+}
+
+fn server_config(args: &ServeArgs, llm: &LLM) -> ServerConfig {
+    let mut config = ServerConfig::new(llm.model());
+    if !args.http.served_model_name.is_empty() {
+        config.served_model_names.clone_from(&args.http.served_model_name);
+    }
+    config.api_keys.clone_from(&args.http.api_key);
+    if config.api_keys.is_empty() {
+        config.api_keys.extend(bitfast::env::API_KEY.get().map(|(_, key)| key));
+    }
+    config.shutdown_timeout = Duration::from_secs(args.http.shutdown_timeout);
+    config.profile_dir.clone_from(&args.http.profile_dir);
+    config.enable_auto_tool_choice = args.chat.enable_auto_tool_choice;
+    config.tool_call_parser.clone_from(&args.chat.tool_call_parser);
+    config.reasoning_parser.clone_from(&args.chat.reasoning_parser);
+    config
+}
+
+impl From<ServeError> for Exit {
+    fn from(error: ServeError) -> Self {
+        match error {
+            ServeError::Bind { .. } => Self::User(error.to_string()),
+            ServeError::Start(_) | ServeError::EngineDied(_) => Self::Ours(error.to_string()),
+        }
+    }
+}

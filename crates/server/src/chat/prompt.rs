@@ -1,0 +1,90 @@
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bitfast_llm::{ChatMessage, PromptEnd, RenderOptions, UnixTime};
+use serde_json::{Map, Value};
+
+use crate::api::chat::ChatFields;
+use crate::error::ApiError;
+use crate::state::ServerConfig;
+
+/// A conversation, ready to be rendered.
+pub(crate) struct ChatPrompt {
+    pub messages: Vec<ChatMessage>,
+    pub options: RenderOptions,
+    pub add_special: bool,
+}
+
+/// How a template is to render.
+pub(crate) fn render_options(
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    kwargs: Option<Map<String, Value>>,
+    tools: Option<Vec<Value>>,
+) -> Result<RenderOptions, ApiError> {
+    let prompt_end = match (add_generation_prompt, continue_final_message.unwrap_or(false)) {
+        (Some(true), true) => {
+            let message = "continue_final_message: cannot go with add_generation_prompt";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
+        (_, true) => PromptEnd::ContinueLast,
+        (None | Some(true), false) => PromptEnd::NewAnswer,
+        (Some(false), false) => PromptEnd::Closed,
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = UnixTime(now.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(0)));
+    Ok(RenderOptions {
+        prompt_end,
+        tools: tools.unwrap_or_default(),
+        kwargs: kwargs.unwrap_or_default(),
+        ..RenderOptions::at(now)
+    })
+}
+
+impl ChatPrompt {
+    /// What the request asks for.
+    pub fn new(fields: &ChatFields, config: &ServerConfig) -> Result<Self, ApiError> {
+        if fields.chat_template.is_some() {
+            let message = "chat_template: not taken from requests; start the server with --chat-template";
+            return Err(ApiError::invalid("chat_template", message));
+        }
+        check_tool_choice(fields, config)?;
+        let mut kwargs = fields.chat_template_kwargs.clone().unwrap_or_default();
+        if let Some(effort) = &fields.reasoning_effort {
+            kwargs.entry("reasoning_effort").or_insert_with(|| effort.clone().into());
+        }
+        let mut options = render_options(
+            fields.add_generation_prompt,
+            fields.continue_final_message,
+            Some(kwargs),
+            fields.tools.clone(),
+        )?;
+        options.documents = fields.documents.clone().unwrap_or_default();
+        Ok(Self {
+            messages: fields.messages.clone(),
+            options,
+            add_special: fields.add_special_tokens.unwrap_or(false),
+        })
+    }
+}
+
+fn check_tool_choice(fields: &ChatFields, config: &ServerConfig) -> Result<(), ApiError> {
+    let refuse = |message: &str| Err(ApiError::invalid("tool_choice", format!("tool_choice: {message}")));
+    let has_tools = fields.tools.as_ref().is_some_and(|tools| !tools.is_empty());
+    match &fields.tool_choice {
+        None | Some(Value::Null) if !has_tools => Ok(()),
+        Some(Value::String(choice)) if choice == "none" => Ok(()),
+        Some(_) if !has_tools => refuse("only allowed with tools"),
+        None | Some(Value::Null) => auto(config),
+        Some(Value::String(choice)) if choice == "auto" => auto(config),
+        Some(_) => refuse("only none and auto are supported"),
+    }
+}
+
+fn auto(config: &ServerConfig) -> Result<(), ApiError> {
+    if config.enable_auto_tool_choice && config.tool_call_parser.is_some() {
+        return Ok(());
+    }
+    let message =
+        "tool_choice: auto needs a server started with --enable-auto-tool-choice and --tool-call-parser";
+    Err(ApiError::invalid("tool_choice", message))
+}

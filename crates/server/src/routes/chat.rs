@@ -1,0 +1,55 @@
+//! `/v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+
+use crate::api::chat::{ChatCompletion, ChatFields};
+use crate::api::common::CommonFields;
+use crate::chat::{Answers, ChatForm, ChatPrompt};
+use crate::error::{ApiError, ErrorBody};
+use crate::extract::JsonBody;
+use crate::generate::{EventStream, Job, Running};
+use crate::prompts;
+use crate::sse;
+use crate::state::AppState;
+
+/// Answer a conversation.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "OpenAI", request_body = crate::openapi::ChatRequest,
+    responses(
+        (status = 200, description = "The answer, or a stream of it", body = ChatCompletion<'static>),
+        (status = 400, description = "The request is wrong", body = ErrorBody),
+        (status = 404, description = "No such model", body = ErrorBody),
+        (status = 503, description = "The queue is full", body = ErrorBody),
+    )
+)]
+pub(crate) async fn chat(
+    State(state): State<Arc<AppState>>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let common: CommonFields = body.read()?;
+    let fields: ChatFields = body.read()?;
+    drop(body);
+    let form = ChatForm::new(&state, &common, &fields)?;
+    let stream = common.stream()?;
+    let mut params = common.sampling(state.llm.info().max_model_len)?;
+    let open_end = CommonFields::open_end(state.llm.generation_config());
+    params.max_tokens = Some(fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(open_end));
+    params.logprobs = form.logprobs();
+    crate::structured::apply(&common, &mut params)?;
+    let rank = prompts::rank(&headers)?;
+    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &state.config)?;
+    let prompt = prompts::encode_chat(&state, messages, options, add_special).await?;
+    let named = |error: ApiError| error.renamed("logprobs", "top_logprobs").renamed("prompt", "messages");
+    let mut running = Running::start(&state, Job { prompts: vec![prompt], params, rank }).map_err(named)?;
+    if let Some(options) = stream {
+        return Ok(sse::response(EventStream::new(running, Answers::new(state, form, options))));
+    }
+    running.finish().await?;
+    Ok(Json(form.completion(&state, &running)).into_response())
+}

@@ -1,0 +1,77 @@
+//! `/tokenize` and `/detokenize`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use bitfast_llm::Error;
+
+use crate::api::completions::PromptForm;
+use crate::api::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+use crate::chat::render_options;
+use crate::error::{ApiError, ErrorBody};
+use crate::extract::JsonBody;
+use crate::prompts;
+use crate::state::AppState;
+
+/// Encode a text or a conversation.
+#[utoipa::path(
+    post, path = "/tokenize", tag = "Tokens", request_body = TokenizeRequest,
+    responses((status = 200, body = TokenizeResponse), (status = 400, body = ErrorBody))
+)]
+pub(crate) async fn tokenize(
+    State(state): State<Arc<AppState>>,
+    body: JsonBody,
+) -> Result<Json<TokenizeResponse>, ApiError> {
+    let request: TokenizeRequest = body.read()?;
+    state.model_name(request.model.as_deref())?;
+    let tokens = match (request.prompt, request.messages) {
+        (Some(text), None) => {
+            let add_special = request.add_special_tokens.unwrap_or(true);
+            prompts::encode(&state, PromptForm::Text(text), add_special).await?.remove(0)
+        }
+        (None, Some(messages)) => {
+            let options = render_options(
+                request.add_generation_prompt,
+                request.continue_final_message,
+                request.chat_template_kwargs,
+                request.tools,
+            )?;
+            let add_special = request.add_special_tokens.unwrap_or(false);
+            prompts::encode_chat(&state, messages, options, add_special).await?
+        }
+        _ => return Err(ApiError::invalid("prompt", "prompt: give either prompt or messages")),
+    };
+    let texts = || tokens.iter().map(|id| prompts::decode(&state, &[*id], false)).collect();
+    Ok(Json(TokenizeResponse {
+        count: tokens.len(),
+        max_model_len: state.llm.info().max_model_len,
+        token_strs: request.return_token_strs.unwrap_or(false).then(texts),
+        tokens,
+    }))
+}
+
+/// Decode token ids.
+#[utoipa::path(
+    post, path = "/detokenize", tag = "Tokens", request_body = DetokenizeRequest,
+    responses((status = 200, body = DetokenizeResponse), (status = 400, body = ErrorBody))
+)]
+pub(crate) async fn detokenize(
+    State(state): State<Arc<AppState>>,
+    body: JsonBody,
+) -> Result<Json<DetokenizeResponse>, ApiError> {
+    let request: DetokenizeRequest = body.read()?;
+    state.model_name(request.model.as_deref())?;
+    if state.llm.tokenizer().is_none() {
+        return Err(ApiError {
+            param: Some("tokens".into()),
+            ..Error::NoTokenizer { what: "detokenize" }.into()
+        });
+    }
+    let limit = state.llm.info().vocab_size;
+    if let Some(id) = request.tokens.iter().find(|id| **id as usize >= limit) {
+        let message = format!("tokens: token id {id} is not in the vocabulary of {limit} tokens");
+        return Err(ApiError::invalid("tokens", message));
+    }
+    Ok(Json(DetokenizeResponse { prompt: prompts::decode(&state, &request.tokens, false) }))
+}

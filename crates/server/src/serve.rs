@@ -1,0 +1,205 @@
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use bitfast_llm::{Health, LLM, Shutdown};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, watch};
+
+use crate::app::app;
+use crate::state::{AppState, ServerConfig};
+
+/// Most connections at a time; further ones wait to be accepted.
+const MAX_CONNECTIONS: usize = 4096;
+/// A request's head has to arrive within this time; idle connections are closed after it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// A peer that takes nothing in for this long is gone.
+const PEER_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a server with a dead engine goes on saying so before it ends.
+const DEAD_GRACE: Duration = Duration::from_secs(2);
+/// For what is left to do after live requests were aborted: last events, open connections.
+const CLOSING_TIME: Duration = Duration::from_secs(2);
+
+/// Why a server ended other than on request, or never began.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address cannot be used.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// As given.
+        address: String,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The operating system refused something at start.
+    #[error("cannot start serving: {0}")]
+    Start(#[from] std::io::Error),
+    /// An engine failed while serving. Live requests were told.
+    #[error("the engine died: {0}")]
+    EngineDied(String),
+}
+
+/// Asks a running server to stop, from any thread. The first time live requests may finish within the server's
+/// `shutdown_timeout`; the second time they are aborted.
+#[derive(Clone, Debug)]
+pub struct Stop(Arc<watch::Sender<u32>>);
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(0)))
+    }
+}
+
+impl Stop {
+    /// Asks.
+    pub fn stop(&self) {
+        self.0.send_modify(|times| *times += 1);
+    }
+
+    async fn asked(&self, times: u32) {
+        // The sender lives in `self`, so waiting cannot fail.
+        let _ = self.0.subscribe().wait_for(|asked| *asked >= times).await;
+    }
+}
+
+/// A server that listens.
+pub struct Server {
+    listener: std::net::TcpListener,
+    state: Arc<AppState>,
+}
+
+impl Server {
+    /// Listens on `host:port`; port 0 takes a free one.
+    pub fn bind(llm: LLM, config: ServerConfig, host: &str, port: u16) -> Result<Self, ServeError> {
+        let address = format!("{host}:{port}");
+        let bound = std::net::TcpListener::bind((host, port));
+        let listener = bound.map_err(|source| ServeError::Bind { address, source })?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, state: Arc::new(AppState::new(llm, config)) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> Result<SocketAddr, ServeError> {
+        Ok(self.listener.local_addr()?)
+    }
+
+    /// Serves until `stop` or SIGTERM ends it, or its engine dies, which is an error.
+    pub fn run(self, stop: &Stop) -> Result<(), ServeError> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().thread_name("bitfast-http").enable_all().build()?;
+        let result = runtime.block_on(self.serve(stop));
+        // Threads that encode a prompt for somebody who is gone are not waited for.
+        runtime.shutdown_background();
+        result
+    }
+
+    async fn serve(self, stop: &Stop) -> Result<(), ServeError> {
+        let Self { listener, state } = self;
+        let listener = TcpListener::from_std(listener)?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let forward = stop.clone();
+        let signals = tokio::spawn(async move {
+            while terminate.recv().await.is_some() {
+                forward.stop();
+            }
+        });
+        let connections = GracefulShutdown::new();
+        let router = app(Arc::clone(&state));
+        let death = {
+            let mut accepting = pin!(accept(&listener, &router, &connections));
+            tokio::select! {
+                () = &mut accepting => None,
+                () = stop.asked(1) => None,
+                reason = death(&state) => {
+                    // Requests in flight learn of it by their own events; health checks still find us.
+                    let _ = tokio::time::timeout(DEAD_GRACE, &mut accepting).await;
+                    Some(reason)
+                }
+            }
+        };
+        drop(listener);
+        wind_down(&state, stop).await;
+        let _ = tokio::time::timeout(CLOSING_TIME, connections.shutdown()).await;
+        signals.abort();
+        death.map_or(Ok(()), |reason| Err(ServeError::EngineDied(reason)))
+    }
+}
+
+/// Takes connections in, for ever.
+async fn accept(listener: &TcpListener, router: &Router, connections: &GracefulShutdown) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(_) => {
+                // Out of file descriptors, or the peer is gone already: neither ends the server.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        set_up(&stream);
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = connections.watch(builder.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            // Errors are the peer's: it went away or spoke no HTTP.
+            let _ = connection.await;
+            drop(place);
+        });
+    }
+}
+
+/// Small writes go out at once, and peers that vanished without a word are noticed.
+fn set_up(stream: &TcpStream) {
+    let socket = SockRef::from(stream);
+    let keepalive = TcpKeepalive::new().with_time(PEER_TIMEOUT / 2).with_interval(Duration::from_secs(10));
+    // Each is an improvement only.
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_keepalive(&keepalive);
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_user_timeout(Some(PEER_TIMEOUT));
+}
+
+/// Waits until an engine is dead; its reason.
+async fn death(state: &AppState) -> String {
+    loop {
+        if let Health::Dead(reason) = state.llm.fleet().health() {
+            return reason;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Lets live requests finish within the configured time, then aborts them and lets their last events out.
+async fn wind_down(state: &Arc<AppState>, stop: &Stop) {
+    state.stop_admitting();
+    tokio::select! {
+        () = idle(state, state.config.shutdown_timeout) => {}
+        () = stop.asked(2) => {}
+    }
+    let fleet = state.llm.fleet().clone();
+    let ended = tokio::task::spawn_blocking(move || fleet.shutdown(Shutdown::Abort, CLOSING_TIME));
+    idle(state, CLOSING_TIME).await;
+    let _ = ended.await;
+}
+
+/// Waits until no request is under way, at most for `limit`.
+fn idle(state: &AppState, limit: Duration) -> impl Future<Output = ()> {
+    let deadline = Instant::now() + limit;
+    async move {
+        while state.in_flight() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What clients and machines do wrong: nothing of it stalls, leaks or kills the server.
+
+mod common;
+
+use std::io::{BufReader, Read, Write};
+use std::net::Shutdown as Half;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bitfast_engine::EngineConfig;
+use bitfast_server::ServeError;
+use common::http::{read_chunk, read_head, read_reply};
+use common::{Client, Levers, Running, eventually, fake, is_idle};
+use serde_json::{Value, json};
+
+fn slow() -> Levers {
+    Levers { step: Duration::from_millis(3), ..Levers::default() }
+}
+
+fn fake_server(levers: &Levers) -> Running {
+    Running::start(fake(levers, EngineConfig::default()), |_| ())
+}
+
+fn long(stream: bool) -> Vec<u8> {
+    let body = json!({ "prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": true, "stream": stream });
+    body.to_string().into_bytes()
+}
+
+fn running(client: &Client) -> Value {
+    client.get("/debug/batch_info").ok()["num_running"].clone()
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_request() {
+    let server = fake_server(&slow());
+    let s = server.client;
+    for stream in [false, true] {
+        let sockets: Vec<_> =
+            (0..8).map(|_| s.begin("POST", "/v1/completions", &[], &long(stream))).collect();
+        eventually("eight running requests", || running(&s) == 8);
+        drop(sockets);
+        eventually("an idle server", || is_idle(&s));
+    }
+    let aborted = s.get("/metrics").text();
+    assert!(aborted.contains("finished_reason=\"abort\"} 16"), "{aborted}");
+}
+
+#[test]
+fn a_client_that_closes_its_sending_half_counts_as_gone() {
+    let server = fake_server(&slow());
+    let s = server.client;
+    let socket = s.begin("POST", "/v1/completions", &[], &long(true));
+    eventually("a running request", || running(&s) == 1);
+    socket.shutdown(Half::Write).unwrap();
+    eventually("an idle server", || is_idle(&s));
+}
+
+#[test]
+fn unfinished_requests_hold_nothing_up() {
+    let server = fake_server(&Levers::default());
+    let s = server.client;
+    let mut sockets: Vec<_> = (0..64).map(|_| s.connect()).collect();
+    for (i, socket) in sockets.iter_mut().enumerate() {
+        let part: &[u8] = match i % 3 {
+            0 => b"",
+            1 => b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-le",
+            _ => b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"prompt\"",
+        };
+        socket.write_all(part).unwrap();
+    }
+    assert_eq!(s.post("/v1/completions", &json!({ "prompt": [1] })).status, 200);
+    drop(sockets);
+    eventually("an idle server", || is_idle(&s));
+}
+
+#[test]
+fn a_slow_reader_stalls_nobody_and_gets_everything() {
+    let server = fake_server(&Levers::default());
+    let s = server.client;
+    // Much more than the sockets' buffers take: 16 samples with logprobs and token ids.
+    let body = json!({
+        "prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": true, "stream": true, "n": 16, "logprobs": 5,
+        "return_token_ids": true, "stream_options": { "continuous_usage_stats": true },
+    });
+    let mut reader = BufReader::new(s.begin("POST", "/v1/completions", &[], body.to_string().as_bytes()));
+    assert_eq!(read_head(&mut reader).0, 200);
+    // Nothing is read, and the engine ends the request all the same.
+    eventually("the engine is through", || running(&s) == 0);
+    assert_eq!(s.post("/v1/completions", &json!({ "prompt": [1], "max_tokens": 4 })).status, 200);
+    let mut all = Vec::new();
+    while let Some(chunk) = read_chunk(&mut reader) {
+        all.extend(chunk);
+    }
+    let text = String::from_utf8(all).unwrap();
+    assert!(text.ends_with("data: [DONE]\n\n"));
+    assert_eq!(text.matches("\"finish_reason\":\"length\"").count(), 16);
+    assert!(text.len() > 4 << 20, "{} bytes would fit into buffers", text.len());
+    eventually("an idle server", || is_idle(&s));
+}
+
+#[test]
+fn bodies_that_are_no_request_are_refused() {
+    let server = fake_server(&Levers::default());
+    let s = server.client;
+    let send = |body: &[u8]| s.send("POST", "/v1/completions", &[], body).refused().0;
+    let mut large = b"{\"prompt\": \"".to_vec();
+    large.resize(10_000_000, b'x');
+    large.extend(b"\"}");
+    assert_eq!(send(&large), 413);
+    let deep = [vec![b'['; 200_000], vec![b']'; 200_000]].concat();
+    let deep = [b"{\"prompt\":".to_vec(), deep, b"}".to_vec()].concat();
+    let deep_unknown = [b"{\"prompt\":[1],\"x\":".to_vec(), vec![b'['; 200_000], b"}".to_vec()].concat();
+    for bad in [
+        &b""[..],
+        b"null",
+        b"[]",
+        b"{\"prompt\": [1], ",
+        b"{\"prompt\": \"\xff\xfe\"}",
+        b"{\"prompt\": \"\\ud800\"}",
+        b"{\"prompt\": [1], \"temperature\": NaN}",
+        b"{\"prompt\": [1], \"temperature\": Infinity}",
+        b"{\"prompt\": [1], \"temperature\": 1e999}",
+        b"{\"prompt\": [1], \"temperature\": -1e308}",
+        b"{\"prompt\": [1], \"max_tokens\": 99999999999999999999999999}",
+        b"{\"prompt\": [1], \"seed\": 99999999999999999999999999}",
+        b"{\"prompt\": [99999999999999999999999999]}",
+        b"{\"prompt\": [1e2]}",
+        b"{\"prompt\": [1], \"prompt\": [2]}",
+        &deep,
+        &deep_unknown,
+    ] {
+        assert_eq!(send(bad), 400, "{:?}", String::from_utf8_lossy(&bad[..bad.len().min(80)]));
+    }
+    let bare = b"NONSENSE\r\n\r\n";
+    let mut socket = s.connect();
+    socket.write_all(bare).unwrap();
+    let mut answer = String::new();
+    let _ = socket.read_to_string(&mut answer);
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    let long_head = ("x-long", "y".repeat(1 << 20));
+    let mut socket = s.connect();
+    let head = format!("GET /health HTTP/1.1\r\nhost: x\r\n{}: {}\r\n\r\n", long_head.0, long_head.1);
+    let _ = socket.write_all(head.as_bytes());
+    let mut answer = Vec::new();
+    let _ = socket.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP/1.1 200"), "a head of a megabyte was taken");
+    assert_eq!(s.get("/health").status, 200);
+}
+
+#[test]
+fn an_engine_that_panics_tells_everybody_and_ends_the_server() {
+    let levers = slow();
+    let server = fake_server(&levers);
+    let s = server.client;
+    let mut stream = BufReader::new(s.begin("POST", "/v1/completions", &[], &long(true)));
+    assert_eq!(read_head(&mut stream).0, 200);
+    let whole = s.begin("POST", "/v1/completions", &[], &long(false));
+    eventually("two running requests", || running(&s) == 2);
+    levers.panic.store(true, Ordering::SeqCst);
+    let reply = read_reply(BufReader::new(whole));
+    assert_eq!(reply.refused(), (500, None));
+    let mut rest = Vec::new();
+    while let Some(chunk) = read_chunk(&mut stream) {
+        rest.extend(chunk);
+    }
+    let rest = String::from_utf8(rest).unwrap();
+    let error = rest.rsplit("data: ").nth(1).unwrap();
+    let error: Value = serde_json::from_str(error.trim()).unwrap();
+    assert!(error["error"]["message"].as_str().unwrap().contains("panicked"), "{error}");
+    assert!(rest.ends_with("data: [DONE]\n\n"));
+    assert_eq!(s.get("/health").status, 503);
+    assert_eq!(s.post("/v1/completions", &json!({ "prompt": [1] })).refused().0, 503);
+    match server.wait() {
+        Err(ServeError::EngineDied(reason)) => {
+            assert!(reason.contains("the test pulled the lever"), "{reason}")
+        }
+        other => panic!("the server ended as {other:?}"),
+    }
+}
+
+#[test]
+fn a_server_that_stops_finishes_what_it_has_and_takes_no_more() {
+    let server = Running::start(fake(&slow(), EngineConfig::default()), |config| {
+        config.shutdown_timeout = Duration::from_secs(60);
+    });
+    let s = server.client;
+    let body = json!({ "prompt": [1, 2], "max_tokens": 200, "ignore_eos": true, "stream": true }).to_string();
+    let mut live: Vec<_> =
+        (0..4).map(|_| BufReader::new(s.begin("POST", "/v1/completions", &[], body.as_bytes()))).collect();
+    eventually("four running requests", || running(&s) == 4);
+    // A connection that is open already: its next request is refused in good form.
+    let mut idle = s.connect();
+    idle.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let mut kept = BufReader::new(idle.try_clone().unwrap());
+    assert_eq!(read_head(&mut kept).0, 200);
+    server.stop.stop();
+    let post = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 15\r\n\r\n{\"prompt\": [1]}";
+    eventually("the listener is closed", || std::net::TcpStream::connect(s.address).is_err());
+    idle.write_all(post.as_bytes()).unwrap();
+    let refused = read_reply(kept);
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    for reader in live.drain(..) {
+        let reply = read_reply(reader);
+        assert!(reply.text().contains("\"finish_reason\":\"length\""), "{}", reply.text());
+        assert!(reply.text().ends_with("data: [DONE]\n\n"));
+    }
+    server.wait().unwrap();
+}
+
+#[test]
+fn a_second_request_to_stop_aborts_what_is_left() {
+    let server = Running::start(fake(&slow(), EngineConfig::default()), |config| {
+        config.shutdown_timeout = Duration::from_secs(3600);
+    });
+    let s = server.client;
+    let stream = s.begin("POST", "/v1/completions", &[], &long(true));
+    let whole = s.begin("POST", "/v1/completions", &[], &long(false));
+    eventually("two running requests", || running(&s) == 2);
+    server.stop.stop();
+    server.stop.stop();
+    let text = read_reply(BufReader::new(stream)).text();
+    assert!(text.contains("\"finish_reason\":\"abort\"") && text.ends_with("data: [DONE]\n\n"), "{text}");
+    assert_eq!(read_reply(BufReader::new(whole)).ok()["choices"][0]["finish_reason"], "abort");
+    server.wait().unwrap();
+}
