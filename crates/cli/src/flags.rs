@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use crate::verify::VerifyArgs;
 use bitfast::{
-    DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
+    Class, DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
+    Structured,
 };
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -30,10 +32,23 @@ pub enum Command {
     ///
     /// Without a model: the default one. The first Ctrl-C (or SIGTERM) lets live requests finish.
     Serve(Box<ServeArgs>),
+    /// Derive again, bit for bit, what another machine says it computed
+    ///
+    /// Reads answers with their logprobs, scores their tokens on this machine's CPU in one pass, in the numerics
+    /// class of their system_fingerprint (an H100's too, by emulation), and compares every logprob by its bits and
+    /// every token with what its logits, seed and sampling parameters give. Exit code 0: all equal; 1: something
+    /// differs, and the first difference is named; 2: a file that is no transcript, or of another model.
+    Verify(VerifyArgs),
     /// Fetch a model into the cache
     Pull(PullArgs),
     /// List the models that have a short name
     Models,
+    /// Check that this machine computes what the law is defined by
+    ///
+    /// On a GPU: that its tensor core computes the step of the hopper class, with every kind of instruction, tile
+    /// shape and role of the operands. On a CPU: that matrix products on each instruction-set path equal the
+    /// scalar reference. Bits, not tolerances; exit code 1 if any differ.
+    Selfcheck(SelfCheckArgs),
     /// Measure speed
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -96,6 +111,7 @@ const RUN_EXAMPLES: &str = r#"Examples:
   bitfast run                                  (a terminal: an interactive chat)
   echo "Once upon a time" | bitfast run --temperature 0.8 --seed 7
   bitfast run --json --logprobs 3 "2 + 2 ="
+  bitfast run --chat "Is the sky blue?" --choice yes --choice no
   bitfast run --prompts questions.jsonl --output answers.jsonl
 
 A line of the prompts file is a JSON object: one of "prompt" (text), "prompt_token_ids" or
@@ -141,6 +157,17 @@ pub struct PullArgs {
     pub quiet: bool,
 }
 
+/// Flags of `bitfast selfcheck`.
+#[derive(Args, Debug)]
+pub struct SelfCheckArgs {
+    /// auto, cpu, cuda or cuda:N; auto takes the first GPU where there is one
+    #[arg(long)]
+    pub device: Option<Device>,
+    /// Print the findings as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Which model, on what, within which limits.
 #[derive(Args, Debug, Clone)]
 #[command(next_help_heading = "Model and engine")]
@@ -163,9 +190,18 @@ pub struct EngineFlags {
     /// auto, safetensors, gguf, or dummy (random weights, the same on every machine)
     #[arg(long, value_name = "FORMAT", default_value_t)]
     pub load_format: LoadFormat,
-    /// auto or cpu
+    /// auto (a GPU that can run it, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value_t)]
     pub device: Device,
+    /// Part of a GPU's memory that may be used [default: 0.9]
+    #[arg(long, value_name = "X")]
+    pub gpu_memory_utilization: Option<f64>,
+    /// Do not capture decode steps of a GPU as graphs
+    #[arg(long)]
+    pub enforce_eager: bool,
+    /// portable or hopper [default: the device's own]; hopper on a CPU is an emulation, ten times slower
+    #[arg(long, value_name = "CLASS", value_parser = parse_class, hide = true)]
+    pub numerics: Option<Class>,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -184,7 +220,7 @@ pub struct EngineFlags {
     /// Tokens of a KV cache block [default: the device's choice]
     #[arg(long, value_name = "N")]
     pub block_size: Option<usize>,
-    /// Memory for the KV cache, such as 512M or 2GiB [default: auto, at most 4GiB]
+    /// Memory for the KV cache, such as 512M or 2GiB [default: auto, on a CPU at most 4GiB]
     #[arg(long, value_name = "SIZE")]
     pub kv_cache_memory: Option<KvCacheMemory>,
     /// Do not keep KV blocks for prompts that start alike
@@ -218,6 +254,9 @@ impl EngineFlags {
         args.chat_template.clone_from(&self.chat_template);
         args.load_format = self.load_format;
         args.device = self.device;
+        args.gpu_memory_utilization = self.gpu_memory_utilization.unwrap_or(args.gpu_memory_utilization);
+        args.enforce_eager = self.enforce_eager;
+        args.numerics = self.numerics;
         args.threads = self.threads;
         args.data_parallel_size = self.data_parallel_size;
         args.max_model_len = self.max_model_len;
@@ -311,6 +350,21 @@ pub struct SamplingFlags {
     /// Keep only the last N tokens of the prompt
     #[arg(long, value_name = "N")]
     pub truncate_prompt_tokens: Option<u32>,
+    /// Answer with JSON that is valid under the JSON Schema in this file
+    #[arg(long, value_name = "FILE", group = "structured", value_parser = read_schema)]
+    pub json_schema: Option<serde_json::Value>,
+    /// Answer with a JSON object
+    #[arg(long, group = "structured")]
+    pub json_object: bool,
+    /// Answer with a text that this regular expression matches from start to end
+    #[arg(long, value_name = "REGEX", group = "structured")]
+    pub regex: Option<String>,
+    /// Answer with one of these texts; given several times
+    #[arg(long, value_name = "TEXT", group = "structured")]
+    pub choice: Vec<String>,
+    /// Answer with a text of the Lark grammar in this file, from its rule "start"
+    #[arg(long, value_name = "FILE", group = "structured", value_parser = read_text)]
+    pub grammar: Option<String>,
 }
 
 impl SamplingFlags {
@@ -338,9 +392,35 @@ impl SamplingFlags {
             logit_bias: self.logit_bias.iter().copied().collect(),
             bad_words: self.bad_word.clone(),
             truncate_prompt_tokens: self.truncate_prompt_tokens,
+            structured_outputs: self.structured(),
             ..SamplingParams::default()
         }
     }
+
+    /// At most one of the flags is given.
+    fn structured(&self) -> Option<Structured> {
+        let choice = (!self.choice.is_empty()).then(|| Structured::Choice(self.choice.clone()));
+        (self.json_schema.clone().map(Structured::Json))
+            .or_else(|| self.json_object.then_some(Structured::JsonObject))
+            .or_else(|| self.regex.clone().map(Structured::Regex))
+            .or(choice)
+            .or_else(|| self.grammar.clone().map(Structured::Grammar))
+    }
+}
+
+fn read_text(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| error.to_string())
+}
+
+fn read_schema(path: &str) -> Result<serde_json::Value, String> {
+    serde_json::from_str(&read_text(path)?).map_err(|error| format!("no JSON: {error}"))
+}
+
+/// A numerics class by its name.
+pub fn parse_class(text: &str) -> Result<Class, String> {
+    let classes = [Class::Portable, Class::Hopper];
+    let found = classes.into_iter().find(|class| class.name() == text);
+    found.ok_or_else(|| format!("{text:?} is neither portable nor hopper"))
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f32), String> {

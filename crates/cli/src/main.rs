@@ -12,7 +12,9 @@ mod progress;
 mod prompts_file;
 mod pull;
 mod run;
+mod selfcheck;
 mod serve;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -23,8 +25,10 @@ fn main() -> ExitCode {
     let outcome = match Cli::from_args().command {
         Command::Run(args) => run::run(&args),
         Command::Serve(args) => serve::serve(&args),
+        Command::Verify(args) => verify::verify(&args),
         Command::Pull(args) => pull::pull(&args),
         Command::Models => pull::list(),
+        Command::Selfcheck(args) => selfcheck::selfcheck(&args),
         Command::Bench(BenchCommand::Latency(args)) => bench::latency(&args),
         Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args),
     };

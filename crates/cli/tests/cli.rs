@@ -407,3 +407,13 @@ fn help_texts_are_as_reviewed() {
         assert!(text == reviewed, "{} differs; UPDATE_SNAPSHOTS=1 accepts it. Now:\n{text}", path.display());
     }
 }
+
+#[test]
+fn this_machine_keeps_the_law() {
+    let text = stdout(&bitfast(&["selfcheck", "--device", "cpu"]).output().unwrap());
+    assert!(text.contains("class portable") && text.contains("scalar: matrix products of 70 rows"), "{text}");
+    let json = stdout(&bitfast(&["selfcheck", "--device", "cpu", "--json"]).output().unwrap());
+    let found: Value = serde_json::from_str(&json).unwrap();
+    assert!(found["findings"].as_array().unwrap().iter().all(|f| f["differing"] == 0), "{json}");
+    refused(&bitfast(&["selfcheck", "--device", "cuda:4096"]).output().unwrap(), "device");
+}

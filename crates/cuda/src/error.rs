@@ -30,6 +30,14 @@ pub enum CudaError {
         /// Compute capability.
         minor: i32,
     },
+    /// The device does not compute what the law assumes.
+    #[error("{name} does not compute what the hopper class is defined by ({finding}); it must not serve")]
+    Numerics {
+        /// Device name.
+        name: String,
+        /// What differed.
+        finding: String,
+    },
     /// A driver call failed.
     #[error("{call} failed: {name} ({message})")]
     Call {

@@ -16,6 +16,7 @@ pub mod jit;
 pub mod linear;
 pub mod rows;
 pub mod sampler;
+pub mod selfcheck;
 
 pub use backend::{CudaBackend, CudaOptions, Kv, Param, Tensor, Weight};
 pub use error::{CudaError, Result};

@@ -20,6 +20,7 @@ mod load;
 mod output;
 mod params;
 mod request;
+mod selfcheck;
 mod start;
 mod structured;
 mod verify;
@@ -42,6 +43,7 @@ pub use output::{
 };
 pub use params::SamplingParams;
 pub use request::{Prompt, Request, Stream};
+pub use selfcheck::{SelfCheck, SelfCheckFinding, selfcheck};
 pub use structured::Structured;
 pub use verify::{
     Difference, Mismatch, Recorded, RecordedSample, Transcript, Verification, Verifier, VerifyOptions,
