@@ -25,6 +25,7 @@ pub struct ChatTemplate {
 }
 
 struct Shared {
+    source: String,
     environment: Environment<'static>,
     tokens: TemplateTokens,
     content: ContentStyle,
@@ -105,9 +106,15 @@ impl ChatTemplate {
     /// Compiles `source`. [`TemplateError::Syntax`] names the line.
     pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
         let environment = environment::compile(source)?;
-        let mut shared = Shared { environment, tokens, content: ContentStyle::Text };
+        let source = source.to_owned();
+        let mut shared = Shared { source, environment, tokens, content: ContentStyle::Text };
         shared.content = shared.probe_content();
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The Jinja source.
+    pub fn source(&self) -> &str {
+        &self.shared.source
     }
 
     /// The prompt's text. It names its special tokens, so it is encoded without adding any.

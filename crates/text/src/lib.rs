@@ -29,17 +29,19 @@
 //! Everything is a function of its arguments: no clock, no environment, no hash order. The same
 //! ids give the same text however they are cut into steps.
 //!
-//! The parsers of tool calls and of reasoning (modules `tools` and `reasoning`) and structured
-//! outputs (module `structured`) belong in this crate, downstream of the detokenizer.
+//! Downstream of these, an [`AnswerParser`] takes thoughts and tool calls out of an answer; upstream, a
+//! [`Grammar`] says what an answer must be, and its [`GrammarMatcher`] which tokens may come next.
 
 #![forbid(unsafe_code)]
 
+mod answer;
 mod chat;
 mod detokenizer;
 mod grammar;
 mod stop;
 mod tokenizer;
 
+pub use answer::{AnswerParser, AnswerPart, Thinking, ToolFormat, ToolParser, UnknownToolFormat};
 pub use chat::{
     ChatMessage, ChatTemplate, InvalidMessage, PromptEnd, RenderOptions, TemplateError, TemplateTokens,
     UnixTime,
