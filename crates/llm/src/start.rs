@@ -129,12 +129,12 @@ enum Memory {
     Own,
 }
 
-/// Bytes of a model's step buffers, about: the widest activations, each once and gate and up rows again, and the logits.
+/// Bytes of a model's step buffers, about: the activations, gate and up rows apart, and the logits with the sampler's copy.
 fn step_bytes(c: &ModelConfig, rows: usize, logit_rows: usize) -> u64 {
     let q = c.num_heads * c.head_dim;
     let qkv = q + 2 * c.num_kv_heads * c.head_dim;
     let row = 2 * (3 * c.hidden_size + qkv + 2 * q + 3 * c.intermediate_size);
-    let logit_row = 2 * c.hidden_size + 4 * c.vocab_size;
+    let logit_row = 2 * c.hidden_size + 8 * c.vocab_size;
     (rows.next_multiple_of(128) * row + logit_rows.next_multiple_of(128) * logit_row) as u64
 }
 

@@ -11,7 +11,8 @@ use crate::attention::{Attention, AttentionSpec, Tiling};
 use crate::driver::Device;
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{Linear, LinearSpec, Variant, plan};
-use crate::rows::{Gather, LogitsRows, QkvPrep, QkvPrepSpec, RmsNorm, RowOp, SiluMul};
+use crate::rows::{Gather, QkvPrep, QkvPrepSpec, RmsNorm, RowOp, SiluMul};
+use crate::sampler::Sampler;
 
 /// What ops do with their kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,8 @@ pub(super) struct Kernels {
     norms: Shelf<(usize, u32, bool), RmsNorm>,
     silus: Shelf<usize, SiluMul>,
     preps: Shelf<String, QkvPrep>,
-    logits: Shelf<usize, LogitsRows>,
+    /// The sampler of a vocabulary, with room for so many rows.
+    sampler: Option<(usize, usize, Sampler)>,
 }
 
 /// Loaded kernels of one kind; never iterated.
@@ -79,7 +81,7 @@ impl Kernels {
             norms: Shelf(HashMap::new()),
             silus: Shelf(HashMap::new()),
             preps: Shelf(HashMap::new()),
-            logits: Shelf(HashMap::new()),
+            sampler: None,
         }
     }
 
@@ -137,9 +139,22 @@ impl Kernels {
         preps.get(*phase, wanted, format!("{spec:?}"), source, load)
     }
 
-    pub fn logits_rows(&mut self, vocab: usize) -> Result<Option<&LogitsRows>> {
-        let Self { phase, device, jit, wanted, logits, .. } = self;
-        let load = || LogitsRows::new(device, jit, vocab);
-        logits.get(*phase, wanted, vocab, || vec![RowOp::Logits { vocab }.source()], load)
+    /// A sampler of `vocab` logits a row with room for `rows` rows.
+    pub fn sampler(&mut self, vocab: usize, rows: usize) -> Result<Option<&mut Sampler>> {
+        if self.phase == Phase::Collect {
+            self.wanted.extend(Sampler::sources(vocab));
+            return Ok(None);
+        }
+        if !self.sampler.as_ref().is_some_and(|(v, r, _)| *v == vocab && *r >= rows) {
+            // The old one's memory first.
+            self.sampler = None;
+            self.sampler = Some((vocab, rows, Sampler::new(&self.device, &self.jit, vocab, rows)?));
+        }
+        Ok(self.sampler.as_mut().map(|(_, _, sampler)| sampler))
+    }
+
+    /// Gives the sampler's memory back; it is made anew when needed.
+    pub fn release(&mut self) {
+        self.sampler = None;
     }
 }

@@ -12,7 +12,6 @@ use bitfast_ops::{
 mod graphs;
 mod kernels;
 mod memory;
-mod sample;
 mod step;
 
 pub use memory::{Kv, Param, Tensor, Weight};
@@ -26,7 +25,6 @@ use crate::rows::{QkvPrepArgs, QkvPrepSpec};
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
-use sample::Sampling;
 use step::{Limits, Step};
 
 /// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
@@ -66,7 +64,6 @@ pub struct CudaBackend {
     memory_utilization: f64,
     kernels: Kernels,
     step: Step,
-    sampling: Sampling,
     /// None: every step is launched op by op.
     graphs: Option<Graphs>,
     /// Shapes of attention that the model has, in the order of their first use.
@@ -93,7 +90,6 @@ impl CudaBackend {
             memory_utilization: options.memory_utilization,
             kernels: Kernels::new(&device, jit),
             step: Step::new(&device, &stream)?,
-            sampling: Sampling::new(&device)?,
             graphs: options.graphs.then(Graphs::default),
             heads: Vec::new(),
             gate_up: None,
@@ -245,6 +241,8 @@ impl Backend for CudaBackend {
         // restore as well, where there is somebody to tell.
         let _ = self.device.bind().and_then(|()| self.stream.synchronize());
         self.graphs.iter_mut().for_each(Graphs::clear);
+        self.kernels.release();
+        self.gate_up = None;
     }
 
     fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
@@ -431,14 +429,17 @@ impl Backend for CudaBackend {
         assert_eq!(w.desc.kind, LinearKind::Vocab, "{}", w.desc.name);
         assert_eq!((w.spec.output, out.cols), (Output::F32, w.spec.n), "output of {}", w.desc.name);
         if self.kernels.phase != Phase::Run {
-            self.run(|be| be.kernels.logits_rows(out.cols).map(drop))?;
+            self.run(|be| be.kernels.sampler(out.cols, out.rows).map(drop))?;
         }
         self.multiply(w, x, &out.data, self.step.logit_rows)
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
-        let Self { sampling, stream, kernels, name, .. } = self;
-        sampling.run(stream, kernels, logits, rows).map_err(failed(name))
+        let Self { stream, kernels, name, .. } = self;
+        let sampled = kernels.sampler(logits.cols, logits.rows.max(rows.len())).and_then(|sampler| {
+            sampler.expect("a step is run, not prepared").run(stream, &logits.data, rows)
+        });
+        sampled.map_err(failed(name))
     }
 
     fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {
