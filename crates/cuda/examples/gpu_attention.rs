@@ -119,9 +119,8 @@ fn decodes(spec: &AttentionSpec) -> Vec<Tiling> {
 }
 
 fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
-    let whole =
-        |row_warps, slots, min_ctas| Tiling { row_warps, dim_warps: 1, slots, min_ctas, share: Share::Whole };
-    vec![Tiling::prefill(spec), whole(4, 4, 1), whole(4, 4, 2), whole(8, 6, 1)]
+    let with = |row_warps, slots, share| Tiling { row_warps, dim_warps: 1, slots, min_ctas: 1, share };
+    vec![Tiling::prefill(spec), with(8, 4, Share::Pipelined), with(8, 4, Share::Whole)]
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -164,9 +163,9 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let us = bench.time(spec, tiling, seqs, 0, rows)?;
                 let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
                 println!(
-                    "{name} {seqs:>2} x {rows:<4} warps {} ctas {}  {us:8.1} us  {:6.1} TFLOP/s",
-                    tiling.row_warps,
-                    tiling.min_ctas,
+                    "{name} {seqs:>2} x {rows:<4} {:?} slots {}  {us:8.1} us  {:6.1} TFLOP/s",
+                    tiling.share,
+                    tiling.slots,
                     flops / us / 1e6
                 );
             }

@@ -22,15 +22,6 @@
 static_assert(D % 64 == 0 && DIMS % 16 == 0, "rows of the swizzle are 64 elements");
 static_assert(!HALF || ROW_WARPS == 1, "HALF is for one row tile");
 
-// Rows of a sequence in this step: its first row in the batch, their number, tokens in the cache before them, where its block table starts.
-struct Seq {
-    u32 first_row, rows, context, table;
-};
-// A piece of work: first row (token-major, head of the group) and where its partial results go, in splits.
-struct Item {
-    u32 seq, row, partial, unused;
-};
-
 __device__ __forceinline__ void ldmatrix4(u32 (&r)[4], u32 addr) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
 }
@@ -52,20 +43,6 @@ __device__ __forceinline__ float2 load2_l2(const float* p) {
 template <int N> struct Const {
     static constexpr int value = N;
 };
-
-// A softmax over some keys of one row: its values and l are scaled by 2^-m.
-struct Weights {
-    float m, l;
-};
-// The factors by which two partial results join; a is the earlier one and becomes the join's own weights.
-__device__ __forceinline__ float2 fold(Weights& a, Weights b) {
-    const float m = larger(a.m, b.m), wa = pow2i(__fsub_rn(a.m, m)), wb = pow2i(__fsub_rn(b.m, m));
-    a = {m, __fmaf_rn(a.l, wa, __fmul_rn(b.l, wb))};
-    return make_float2(wa, wb);
-}
-__device__ __forceinline__ float join(float a, float b, float2 w) { return __fmaf_rn(a, w.x, __fmul_rn(b, w.y)); }
-// The last add makes the sign of a zero canonical.
-__device__ __forceinline__ float finish(float o, float inverse) { return __fadd_rn(__fmul_rn(o, inverse), 0.f); }
 
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,

@@ -53,7 +53,7 @@ __device__ __forceinline__ void edit(const Row& row, const u32* words, int base,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 6)
     scan(const float* __restrict__ logits, const u32* __restrict__ words, const Row* __restrict__ rows, float* __restrict__ kept, Answer* answers) {
     __shared__ float values[UNIT];
     __shared__ u32 counts[UNIT];

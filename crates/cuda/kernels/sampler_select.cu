@@ -17,20 +17,33 @@ struct Shared {
     float sum;
 };
 
+// The first batch of a row, while it is still in shared memory: its length (0: it is not) and where the next one starts.
+struct First {
+    u32 length;
+    u64 next;
+};
+
 // The block's row and how far it is known.
 struct Rows {
     Shared& s;
     const float* x;
     u64 hint; // entries above are few: where histograms start
 
-    template <class F> __device__ __forceinline__ void each(F f) const {
+    // f(entry, value) of every token whose entry is in [low, high].
+    template <class F> __device__ __forceinline__ void each(u64 low, u64 high, F f) const {
+        // One comparison settles most.
+        const float floor = low >> 32 > value_key(-INFINITE) ? value_of((u32)(low >> 32)) : -INFINITE;
 #pragma unroll 4
         for (int i = 4 * threadIdx.x; i < VOCAB; i += 4 * BLOCK) {
             float v[4];
             load4(x, i, v);
+            if (!(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])) >= floor)) continue;
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                if (VOCAB % 4 == 0 || i + e < VOCAB) f(entry(v[e], i + e), v[e]);
+            for (int e = 0; e < 4; e++) {
+                if (!(v[e] >= floor) || i + e >= VOCAB) continue;
+                const u64 key = entry(v[e], i + e);
+                if (key >= low && key <= high) f(key, v[e]);
+            }
         }
     }
 
@@ -40,9 +53,7 @@ struct Rows {
         __syncthreads();
         s.bucket[tid] = s.bucket[BLOCK + tid] = 0;
         __syncthreads();
-        each([&](u64 key, float) {
-            if (key >= low && key <= high) atomicAdd(s.bucket + ((high - key) >> shift), 1u);
-        });
+        each(low, high, [&](u64 key, float) { atomicAdd(s.bucket + ((high - key) >> shift), 1u); });
         __syncthreads();
         const u32 a = s.bucket[2 * tid], b = s.bucket[2 * tid + 1];
         u32 sum = a + b;
@@ -79,9 +90,7 @@ struct Rows {
         const int tid = threadIdx.x;
         if (tid == 0) s.count = 0;
         __syncthreads();
-        each([&](u64 key, float) {
-            if (key >= low && key <= high) s.batch[atomicAdd(&s.count, 1u)] = key;
-        });
+        each(low, high, [&](u64 key, float) { s.batch[atomicAdd(&s.count, 1u)] = key; });
         __syncthreads();
         const int n = s.count;
         int padded = 2;
@@ -218,12 +227,15 @@ struct Rows {
         u64 last;  // its last entry if known, else 0
         u32 batch; // it is the first so many of `batch`; 0: it is longer than that
     };
-    __device__ Prefix walk(u64 best, u32 limit, float target) const {
+    __device__ Prefix walk(u64 best, u32 limit, float target, First& first) const {
         const float max = value_of((u32)(best >> 32));
         float sum = 0.f;
         u32 taken = 0, want = 256;
         for (u64 high = best; high != 0 && taken < limit;) {
-            const u32 n = next(high, min(want, limit - taken)), use = min(n, limit - taken);
+            const bool known = taken == 0 && first.length > 0;
+            const u32 n = known ? first.length : next(high, min(want, limit - taken)), use = min(n, limit - taken);
+            if (known) high = first.next;
+            first = {taken == 0 ? n : 0, high};
             if (use == 0) break;
             // Weights fall to within rounding: these and all later ones are below half a unit of the sum.
             if (taken > 0 && __fadd_rn(sum, __fmul_rn(4.f, weight(value_of((u32)(s.batch[0] >> 32)), max))) == sum) return {sum, 0, 0};
@@ -289,8 +301,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
     Rows::Prefix prefix = {0.f, 0, 0};
     if (row.top_p < 1.f) {
-        const float all = limited ? order.walk(best, limit, NEVER).sum : fold_chunks(s, runs + (u64)r * CHUNKS * 8);
-        prefix = order.walk(best, limit, __fmul_rn(row.top_p, all));
+        First first = {0, 0};
+        const float all = limited ? order.walk(best, limit, NEVER, first).sum : fold_chunks(s, runs + (u64)r * CHUNKS * 8);
+        prefix = order.walk(best, limit, __fmul_rn(row.top_p, all), first);
     }
     if (prefix.last == 0 && limited) prefix.last = order.kth(best, limit);
 
@@ -307,9 +320,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     if (prefix.batch > 0) {
         for (u32 i = threadIdx.x; i < prefix.batch; i += BLOCK) run(s.batch[i], order.x[id_of(s.batch[i])]);
     } else {
-        order.each([&](u64 key, float x) {
-            if (key >= prefix.last) run(key, x);
-        });
+        order.each(prefix.last, best, run);
     }
     leader = block_max(s, leader);
     // By definition the best token passes min-p.

@@ -3,7 +3,7 @@
 // A warp sums runs of 128 weights, four a lane: the lower seven levels of the tree of adjacent pairs over a chunk of 1024. `runs` holds
 // eight of them a chunk; who reads them adds the upper three levels and folds the chunks.
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 6)
     weigh(const float* __restrict__ logits, const float* __restrict__ kept, const Row* __restrict__ rows, const u32* __restrict__ list, int raw,
           float* __restrict__ runs, Answer* answers) {
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;

@@ -119,14 +119,18 @@ impl Batch {
 fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
     let with =
         |row_warps, dim_warps, slots, share| Tiling { row_warps, dim_warps, slots, min_ctas: 1, share };
-    vec![
+    let mut all = vec![
         Tiling::decode(spec),
         Tiling::prefill(spec),
         with(1, 4, 2, Share::Split),
         with(2, 2, 3, Share::Split),
         with(1, 4, 3, Share::HalfSplit),
         with(3, 2, 2, Share::Whole),
-    ]
+    ];
+    if spec.head_dim <= 128 {
+        all.extend([with(8, 1, 3, Share::Pipelined), with(8, 1, 4, Share::Whole)]);
+    }
+    all
 }
 
 struct OnGpu {

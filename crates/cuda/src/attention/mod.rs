@@ -18,6 +18,10 @@ pub use work::{AttentionBatch, Work};
 
 pub(crate) use work::{Extent, Items, Sequences};
 
+const SHARED: &str = include_str!("../../kernels/attention.cuh");
+const PAGED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_paged.cu")];
+const PREFILL: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_prefill.cu")];
+
 /// Shared memory that a block may use on sm_90, bytes.
 const SMEM_LIMIT: usize = 232_448;
 
@@ -69,6 +73,8 @@ pub enum Share {
     Whole,
     /// As `Split`, for at most 8 rows.
     HalfSplit,
+    /// As `Whole`, on two warpgroups of 64 rows with a pipeline of their own; for heads of up to 128.
+    Pipelined,
 }
 
 impl Tiling {
@@ -88,9 +94,11 @@ impl Tiling {
 
     /// For many rows a sequence (prefill).
     pub fn prefill(spec: &AttentionSpec) -> Self {
+        if spec.head_dim <= 128 {
+            return Self { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Pipelined };
+        }
         // Larger heads: more warps over the output, so that a warp's sums stay in registers.
-        let (row_warps, dim_warps) = if spec.head_dim > 128 { (2, 4) } else { (8, 1) };
-        Self { row_warps, dim_warps, slots: 4, min_ctas: 1, share: Share::Whole }
+        Self { row_warps: 2, dim_warps: 4, slots: 4, min_ctas: 1, share: Share::Whole }
     }
 
     /// Rows of an item of work.
@@ -98,9 +106,15 @@ impl Tiling {
         if self.share == Share::HalfSplit { 8 } else { 16 * self.row_warps }
     }
 
-    /// Threads of a block: the consumers and one producer warp.
+    /// Threads of a block: the consumers and one producer warp, or warpgroup.
     pub fn threads(&self) -> usize {
-        32 * (self.row_warps * self.dim_warps + 1)
+        let producers = if self.share == Share::Pipelined { 4 } else { 1 };
+        32 * (self.row_warps * self.dim_warps + producers)
+    }
+
+    /// Whether a block takes all splits of its rows.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(self.share, Share::Whole | Share::Pipelined)
     }
 
     /// The kernel's source for `spec`.
@@ -110,28 +124,30 @@ impl Tiling {
             "{self:?} for heads of {}",
             spec.head_dim
         );
-        KernelSource {
-            name: "attention_paged",
-            parts: &[MATH, include_str!("../../kernels/attention_paged.cu")],
-            defines: vec![
-                ("D", spec.head_dim as i64),
-                ("GROUP", spec.group() as i64),
-                ("KV_HEADS", spec.kv_heads as i64),
-                ("ROW_WARPS", self.row_warps as i64),
-                ("DIM_WARPS", self.dim_warps as i64),
-                ("HALF", i64::from(self.share == Share::HalfSplit)),
-                ("SLOTS", self.slots as i64),
-                ("MIN_CTAS", self.min_ctas as i64),
-                ("SPLIT", i64::from(self.share != Share::Whole)),
-            ],
-            wgmma_n: None,
+        let mut defines = vec![
+            ("D", spec.head_dim as i64),
+            ("GROUP", spec.group() as i64),
+            ("KV_HEADS", spec.kv_heads as i64),
+            ("SLOTS", self.slots as i64),
+        ];
+        if self.share == Share::Pipelined {
+            assert!((self.row_warps, self.dim_warps) == (8, 1) && spec.head_dim <= 128, "{self:?}");
+            return KernelSource { name: "attention_prefill", parts: PREFILL, defines, wgmma_n: None };
         }
+        defines.extend([
+            ("ROW_WARPS", self.row_warps as i64),
+            ("DIM_WARPS", self.dim_warps as i64),
+            ("HALF", i64::from(self.share == Share::HalfSplit)),
+            ("MIN_CTAS", self.min_ctas as i64),
+            ("SPLIT", i64::from(self.share != Share::Whole)),
+        ]);
+        KernelSource { name: "attention_paged", parts: PAGED, defines, wgmma_n: None }
     }
 
     /// Dynamic shared memory of a block; panics if a block cannot have so much.
     pub fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
         let ring = self.slots * (BLOCK_TOKENS * spec.head_dim * 2 + 16);
-        let fold = if self.share == Share::Whole { 16 * self.row_warps * spec.head_dim * 4 } else { 0 };
+        let fold = if self.is_whole() { 16 * self.row_warps * spec.head_dim * 4 } else { 0 };
         let bytes = ring + fold;
         assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
         bytes
@@ -195,7 +211,7 @@ impl Attention {
         if extent.items == 0 {
             return Ok(());
         }
-        let splits = if self.tiling.share == Share::Whole { 1 } else { extent.max_splits };
+        let splits = if self.tiling.is_whole() { 1 } else { extent.max_splits };
         let launch = Launch {
             grid: [splits as u32, self.spec.kv_heads as u32, extent.items as u32],
             threads: self.tiling.threads() as u32,

@@ -1,7 +1,7 @@
 use bitfast_ops::SeqInput;
 use bitfast_ops::contract::ATTN_SPLIT_KEYS;
 
-use super::{AttentionSpec, BLOCK_TOKENS, Share, Tiling};
+use super::{AttentionSpec, BLOCK_TOKENS, Tiling};
 use crate::Result;
 use crate::driver::{Buffer, Device, Stream};
 
@@ -99,7 +99,7 @@ impl Items {
                 max_splits = max_splits.max(splits);
             }
         }
-        if tiling.share == Share::Whole {
+        if tiling.is_whole() {
             // The longest first: the last ones to start are then the shortest.
             items.reverse();
             partials = 0;

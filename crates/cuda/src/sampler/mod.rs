@@ -207,9 +207,9 @@ impl Sampler {
         Ok(())
     }
 
-    /// Blocks of a row in a pass over `rows` rows: enough for every multiprocessor to have several.
+    /// Blocks of a row in a pass over `rows` rows: as many as run at once, six on a multiprocessor.
     fn parts(&self, rows: usize) -> u32 {
-        (8 * self.device.sms() / rows).clamp(1, self.vocab.div_ceil(UNIT)) as u32
+        (6 * self.device.sms() / rows).clamp(1, self.vocab.div_ceil(UNIT)) as u32
     }
 }
 

@@ -1,0 +1,254 @@
+// Prefill: causal grouped-query attention over the paged cache in the hopper order (NUMERICS.md), on wgmma. The bits of attention_paged.cu.
+//
+// A block works on one item of 128 query rows of one sequence and one key/value head, a row being a (token, head of the group) pair, token-major;
+// two consumer warpgroups own 64 rows each, queries in registers. A producer warp streams tiles of 64 keys, K then V, into a ring of SLOTS by bulk copies: a block
+// of the cache is [kv head][K, V][D / 64][64 tokens][64 elements] in the 128-byte swizzle, which is wgmma's: K is a K-major operand, V a transposed one.
+//
+// A consumer's turn: scores of tile j and the output of tile j - 1 are queued together; softmax of j runs while the latter is
+// under way. The fold of the splits so far lies in shared memory.
+//
+// Macros: D GROUP KV_HEADS SLOTS
+#define HEADS (GROUP * KV_HEADS)
+#define TILE 64
+#define SPLIT_TILES 8
+#define ROWS 128
+#define CONSUMERS 256
+#define TILE_BYTES (TILE * D * 2)
+#define SLAB (TILE * 128) // 64 elements of every key of a tile
+#define ACC (D / 2)       // output floats a thread
+static_assert(D == 64 || D == 128, "scores, weights, queries and outputs of larger heads do not fit registers");
+
+// d = a b + (scale_d ? d : 0): 64 rows, 16 products; a in registers, b in shared memory, TRANSPOSED: its rows are products.
+template <int TRANSPOSED> __device__ __forceinline__ void wgmma_rs(float (&d)[32], const u32 (&a)[4], u64 b, int scale_d) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TRANSPOSED));
+}
+#if D == 128
+template <int TRANSPOSED> __device__ __forceinline__ void wgmma_rs(float (&d)[64], const u32 (&a)[4], u64 b, int scale_d) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TRANSPOSED));
+}
+#endif
+
+// Descriptor of V: 16 keys x D elements from `addr` on, slabs of 64 elements, 8 keys every 1024 bytes.
+__device__ __forceinline__ u64 value_desc(u32 addr) { return (u64)((addr & 0x3FFFF) >> 4) | ((u64)(SLAB >> 4) << 16) | ((u64)64 << 32) | ((u64)1 << 62); }
+// Keeps the compiler from moving what uses these registers over the wait for the products that write them.
+template <int N> __device__ __forceinline__ void settled(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Softmax of one row's tile. s becomes P; m and l go on; the factor for what came before is returned. H: the half of each four scores
+// that is this row's. MASKED: some keys are behind `last`, counted from this lane's first.
+template <int H, bool MASKED> __device__ __forceinline__ float soften(float (&s)[32], float& m, float& l, float scale_log2, int last) {
+    if (MASKED) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (8 * n + e > last) s[4 * n + H + e] = -INFINITE;
+    }
+    float best = fmaxf(s[H], s[H + 1]);
+#pragma unroll
+    for (int n = 1; n < 8; n++) best = fmaxf(best, fmaxf(s[4 * n + H], s[4 * n + H + 1]));
+    best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
+    best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
+    const float next = fmaxf(m, ceilf(__fmul_rn(best, scale_log2))), rescale = pow2i(__fsub_rn(m, next));
+    l = __fmul_rn(l, rescale), m = next;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float& score = s[4 * n + H + e];
+            float p = exp2_poly3(fmaxf(-125.f, __fmaf_rn(score, scale_log2, -next)));
+            if (MASKED && 8 * n + e > last) p = 0.f;
+            score = p;
+            l = __fadd_rn(l, p);
+        }
+    return rescale;
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
+              const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 ring = smem_addr(smem), full = ring + SLOTS * TILE_BYTES, empty = full + 8 * SLOTS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
+    launch_dependents();
+    const Item item = items[blockIdx.z];
+    const Seq seq = seqs[item.seq];
+    const int rows = min((int)(seq.rows * GROUP) - (int)item.row, ROWS); // of this item
+    if (rows <= 0) return;
+    const int end = seq.context + (item.row + rows - 1) / GROUP + 1; // keys that any row attends to
+    const int tiles = (end + TILE - 1) / TILE, splits = (tiles + SPLIT_TILES - 1) / SPLIT_TILES;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, CONSUMERS / 32);
+        mbar_init_fence();
+    }
+    __syncthreads();
+
+    if (warp >= CONSUMERS / 32) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (warp > CONSUMERS / 32) return;
+        const u32* table = tables + seq.table;
+        u32 blocks = 0;
+        bool waited = false;
+        for (int i = 0; i < 2 * tiles; i++) {
+            const int tile = i / 2, slot = i % SLOTS, use = i / SLOTS;
+            if (i % 64 == 0) blocks = tile + lane < tiles ? table[tile + lane] : 0;
+            const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, tile % 32);
+            // Only this step's own keys come from the previous kernel.
+            if (!waited && (tile + 1) * TILE > (int)seq.context) wait_for_producers(), waited = true;
+            if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
+            if (lane == 0) {
+                mbar_expect_tx(full + 8 * slot, TILE_BYTES);
+                bulk_load(ring + slot * TILE_BYTES, kv + (((u64)block * KV_HEADS + kv_head) * 2 + i % 2) * TILE_BYTES, TILE_BYTES, full + 8 * slot);
+            }
+            __syncwarp();
+        }
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const int g = lane / 4, t = lane % 4;
+    const int row0 = warp * 16 + g, row1 = row0 + 8; // this lane's rows in the item
+    // Rows past the item do as the last one does; nothing of them is written.
+    auto position = [&](int row) { return (int)(seq.context + (item.row + min(row, rows - 1)) / GROUP); };
+    const int pos0 = position(row0), pos1 = position(row1), low_pos = position(warp * 16);
+    auto element = [&](int row) { // index of the row's first element in q and out
+        const u32 r = item.row + row;
+        return ((u64)(seq.first_row + r / GROUP) * HEADS + kv_head * GROUP + r % GROUP) * D;
+    };
+    wait_for_producers();
+    u32 query[D / 16][4];
+    {
+        const bf16 *q0 = q + (row0 < rows ? element(row0) : 0) + 2 * t, *q1 = q + (row1 < rows ? element(row1) : 0) + 2 * t;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            query[k][0] = row0 < rows ? *(const u32*)(q0 + 16 * k) : 0;
+            query[k][1] = row1 < rows ? *(const u32*)(q1 + 16 * k) : 0;
+            query[k][2] = row0 < rows ? *(const u32*)(q0 + 16 * k + 8) : 0;
+            query[k][3] = row1 < rows ? *(const u32*)(q1 + 16 * k + 8) : 0;
+        }
+    }
+
+    float s[32], o[ACC];
+    u32 p[4][4];
+    float l0 = 0.f, l1 = 0.f, m0 = -INFINITE, m1 = -INFINITE; // l: of this lane's keys
+    Weights total0 = {-INFINITE, 0.f}, total1 = {-INFINITE, 0.f};
+    const u32 folded = empty + 8 * SLOTS + threadIdx.x * 16; // this thread's part of the fold so far
+    auto lanes_sum = [&](float l) {
+        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
+        return __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
+    };
+    auto slot_of = [&](int i) { return ring + i % SLOTS * TILE_BYTES; };
+    auto wait_slot = [&](int i) { mbar_wait(full + 8 * (i % SLOTS), i / SLOTS & 1); };
+    auto release_slot = [&](int i) { // the products that read it have been waited for
+        if (lane == 0) mbar_arrive(empty + 8 * (i % SLOTS));
+    };
+    auto queue_scores = [&](int tile) {
+        wait_slot(2 * tile);
+        const u64 k = wgmma_desc(slot_of(2 * tile));
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) wgmma_rs<0>(s, query[c], k + (c / 4 * (SLAB >> 4) + c % 4 * 2), c > 0);
+        wgmma_commit();
+    };
+    auto queue_output = [&](int tile, bool last) {
+        wait_slot(2 * tile + 1);
+        const u32 v = slot_of(2 * tile + 1);
+        if (last && end % TILE != 0) { // values past the last key are garbage, and 0 * NaN is NaN
+            for (int i = threadIdx.x; i < D / 64 * (TILE - end % TILE) * 8; i += CONSUMERS) {
+                const int chunk = i % 8, key = end % TILE + i / 8 % (TILE - end % TILE), slab = i / 8 / (TILE - end % TILE);
+                smem_store4(v + slab * SLAB + key * 128 + chunk * 16, 0.f, 0.f, 0.f, 0.f);
+            }
+            async_proxy_fence();
+            asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+        }
+        const u64 desc = value_desc(v);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < 4; c++) wgmma_rs<1>(o, p[c], desc + c * (16 * 128 >> 4), c > 0 || tile % SPLIT_TILES != 0);
+        wgmma_commit();
+    };
+    float rescale0, rescale1;
+    auto soften_tile = [&](int tile) {
+        const int key0 = tile * TILE + 2 * t; // this lane's first
+        if (tile * TILE + TILE - 1 > low_pos) {
+            rescale0 = soften<0, true>(s, m0, l0, scale_log2, pos0 - key0), rescale1 = soften<2, true>(s, m1, l1, scale_log2, pos1 - key0);
+        } else {
+            rescale0 = soften<0, false>(s, m0, l0, scale_log2, 0), rescale1 = soften<2, false>(s, m1, l1, scale_log2, 0);
+        }
+    };
+    auto pack = [&]() {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            p[c][0] = pack_bf16(s[8 * c], s[8 * c + 1]), p[c][1] = pack_bf16(s[8 * c + 2], s[8 * c + 3]);
+            p[c][2] = pack_bf16(s[8 * c + 4], s[8 * c + 5]), p[c][3] = pack_bf16(s[8 * c + 6], s[8 * c + 7]);
+        }
+    };
+    // Joins o, a split of weights `of0` and `of1`, to those before it.
+    auto end_split = [&](bool first, bool last, Weights of0, Weights of1) {
+        const float2 w0 = fold(total0, of0), w1 = fold(total1, of1);
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            const u32 at = folded + j * (CONSUMERS * 16);
+            const float4 sum = first ? make_float4(0.f, 0.f, 0.f, 0.f) : smem_load4(at);
+            const float4 v = make_float4(join(sum.x, o[4 * j], w0), join(sum.y, o[4 * j + 1], w0), join(sum.z, o[4 * j + 2], w1), join(sum.w, o[4 * j + 3], w1));
+            if (last) o[4 * j] = v.x, o[4 * j + 1] = v.y, o[4 * j + 2] = v.z, o[4 * j + 3] = v.w;
+            else smem_store4(at, v.x, v.y, v.z, v.w);
+        }
+    };
+
+    queue_scores(0);
+    wgmma_wait<0>();
+    settled(s);
+    release_slot(0);
+    soften_tile(0);
+    pack();
+#pragma unroll 1
+    for (int tile = 1; tile < tiles; tile++) {
+        queue_scores(tile);
+        queue_output(tile - 1, false);
+        wgmma_wait<1>();
+        settled(s);
+        release_slot(2 * tile);
+        const bool next_split = tile % SPLIT_TILES == 0;
+        Weights of0 = {m0, l0}, of1 = {m1, l1}; // of the tiles before this one
+        if (next_split) l0 = l1 = 0.f, m0 = m1 = -INFINITE;
+        soften_tile(tile);
+        wgmma_wait<0>();
+        settled(o);
+        release_slot(2 * tile - 1);
+        if (next_split) {
+            of0.l = lanes_sum(of0.l), of1.l = lanes_sum(of1.l);
+            end_split(tile == SPLIT_TILES, false, of0, of1);
+        } else if (__any_sync(0xFFFFFFFFu, rescale0 != 1.f || rescale1 != 1.f)) { // by 1 it changes nothing
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                o[4 * j] = __fmul_rn(o[4 * j], rescale0), o[4 * j + 1] = __fmul_rn(o[4 * j + 1], rescale0);
+                o[4 * j + 2] = __fmul_rn(o[4 * j + 2], rescale1), o[4 * j + 3] = __fmul_rn(o[4 * j + 3], rescale1);
+            }
+        }
+        pack();
+    }
+    queue_output(tiles - 1, true);
+    wgmma_wait<0>();
+    settled(o);
+    end_split(splits == 1, true, {m0, lanes_sum(l0)}, {m1, lanes_sum(l1)});
+
+    const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
+    bf16 *out0 = out + (row0 < rows ? element(row0) : 0) + 2 * t, *out1 = out + (row1 < rows ? element(row1) : 0) + 2 * t;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        if (row0 < rows) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[4 * j], inverse0), finish(o[4 * j + 1], inverse0));
+        if (row1 < rows) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[4 * j + 2], inverse1), finish(o[4 * j + 3], inverse1));
+    }
+}
