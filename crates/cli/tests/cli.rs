@@ -393,6 +393,7 @@ fn help_texts_are_as_reviewed() {
         ("bitfast", &["--help"][..]),
         ("run", &["run", "--help"]),
         ("serve", &["serve", "--help"]),
+        ("verify", &["verify", "--help"]),
         ("pull", &["pull", "--help"]),
         ("bench-latency", &["bench", "latency", "--help"]),
         ("bench-throughput", &["bench", "throughput", "--help"]),
