@@ -33,7 +33,10 @@ pub use bitfast_engine::{
 };
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_ops::Class;
-pub use bitfast_text::{ChatMessage, PromptEnd, RenderOptions, SpecialTokens, Tokenizer, UnixTime};
+pub use bitfast_text::{
+    AnswerParser, AnswerPart, ChatMessage, Grammar, PromptEnd, RenderOptions, SpecialTokens, Thinking,
+    Tokenizer, ToolFormat, ToolParser, UnixTime, UnknownToolFormat,
+};
 pub use error::{Error, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
 pub use fleet::Fleet;

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 
 use bitfast_engine::{EngineHandle, EngineInfo, EngineRequest, Event, RequestGuard, StepRecord};
 use bitfast_model::GenerationConfig;
-use bitfast_text::{ChatMessage, ChatTemplate, RenderOptions, Tokenizer, UnixTime};
+use bitfast_text::{ChatMessage, ChatTemplate, RenderOptions, Thinking, Tokenizer, ToolFormat, UnixTime};
 
 use crate::args::EngineArgs;
 use crate::assemble::{Assembler, Setup, Step};
@@ -312,7 +312,18 @@ impl LLM {
 
     /// A conversation through the model's chat template. Its special tokens are in the text.
     pub fn render_chat(&self, messages: &[ChatMessage], options: &RenderOptions) -> Result<String> {
-        self.template()?.render(messages, options).map_err(|e| template_error(&e))
+        let template = self.template()?;
+        template.render(&template.fit_calls(messages), options).map_err(|e| template_error(&e))
+    }
+
+    /// How the model writes tool calls, if its chat template shows it.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.template().ok().and_then(ToolFormat::of_template)
+    }
+
+    /// Whether the model may write thoughts before its answer, by its chat template.
+    pub fn may_think(&self) -> bool {
+        self.template().is_ok_and(Thinking::in_template)
     }
 
     /// Token ids of a text; `add_special` adds what the model wants around one.

@@ -2,7 +2,9 @@ use std::sync::OnceLock;
 
 use bitfast_engine::{Constraint, ConstraintFault, ConstraintSource, MayEnd, Progress, TokenConstraint};
 use bitfast_ops::BitMask;
-use bitfast_text::{CompiledGrammar, Completeness, Grammar, GrammarCompiler, GrammarMatcher, Tokenizer};
+use bitfast_text::{
+    CompiledGrammar, Completeness, Grammar, GrammarCompiler, GrammarMatcher, Thinking, Tokenizer,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -44,6 +46,11 @@ impl Structured {
         }
     }
 
+    /// The same after thoughts, which are free; a grammar stays as it is.
+    pub fn after_thoughts(self, thinking: Thinking) -> Self {
+        self.grammar().after_thoughts(thinking).into()
+    }
+
     fn grammar(&self) -> Grammar {
         match self {
             Self::Json(schema) => Grammar::JsonSchema(schema.clone()),
@@ -51,6 +58,18 @@ impl Structured {
             Self::Regex(regex) => Grammar::Regex(regex.clone()),
             Self::Choice(texts) => Grammar::Choice(texts.clone()),
             Self::Grammar(source) => Grammar::Lark(source.clone()),
+        }
+    }
+}
+
+impl From<Grammar> for Structured {
+    fn from(grammar: Grammar) -> Self {
+        match grammar {
+            Grammar::JsonSchema(schema) => Self::Json(schema),
+            Grammar::JsonObject => Self::JsonObject,
+            Grammar::Regex(regex) => Self::Regex(regex),
+            Grammar::Choice(texts) => Self::Choice(texts),
+            Grammar::Lark(source) => Self::Grammar(source),
         }
     }
 }

@@ -19,7 +19,7 @@ mod hermes;
 mod json;
 mod llama;
 mod tags;
-mod thinking;
+pub(crate) mod thinking;
 mod tools;
 
 pub use thinking::Thinking;

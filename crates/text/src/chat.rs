@@ -1,14 +1,16 @@
+mod calls;
 mod environment;
 mod error;
 mod json;
 mod message;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use minijinja::{Environment, Value};
 use serde_json::Map;
 
+use calls::CallStyle;
 pub use error::TemplateError;
 pub use message::{ChatMessage, InvalidMessage};
 
@@ -29,6 +31,8 @@ struct Shared {
     environment: Environment<'static>,
     tokens: TemplateTokens,
     content: ContentStyle,
+    /// Found out when the first message has calls.
+    calls: OnceLock<CallStyle>,
 }
 
 /// What the template expects in `message.content`.
@@ -107,7 +111,8 @@ impl ChatTemplate {
     pub fn new(source: &str, tokens: TemplateTokens) -> Result<Self, TemplateError> {
         let environment = environment::compile(source)?;
         let source = source.to_owned();
-        let mut shared = Shared { source, environment, tokens, content: ContentStyle::Text };
+        let mut shared =
+            Shared { source, environment, tokens, content: ContentStyle::Text, calls: OnceLock::new() };
         shared.content = shared.probe_content();
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -115,6 +120,17 @@ impl ChatTemplate {
     /// The Jinja source.
     pub fn source(&self) -> &str {
         &self.shared.source
+    }
+
+    /// The messages with their past tool calls in the form that the template shows: it may want arguments as an
+    /// object or as JSON text, and no content as null or as an empty text.
+    pub fn fit_calls(&self, messages: &[ChatMessage]) -> Vec<ChatMessage> {
+        let has_calls = messages.iter().any(|message| message.fields().contains_key("tool_calls"));
+        if !has_calls {
+            return messages.to_vec();
+        }
+        let style = self.shared.calls.get_or_init(|| CallStyle::of(&self.shared));
+        messages.iter().map(|message| style.fit(message)).collect()
     }
 
     /// The prompt's text. It names its special tokens, so it is encoded without adding any.

@@ -18,6 +18,7 @@ use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
+use crate::answer::{Thinking, thinking};
 use crate::tokenizer::Tokenizer;
 pub use limits::{MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_GRAMMAR_DEPTH};
 
@@ -34,6 +35,20 @@ pub enum Grammar {
     Choice(Vec<String>),
     /// A text of this grammar, in llguidance's dialect of Lark, from the rule `start`.
     Lark(String),
+}
+
+impl Grammar {
+    /// The same after thoughts, which are free. [`Grammar::Lark`] stays as it is: its rules have any names.
+    pub fn after_thoughts(self, thinking: Thinking) -> Self {
+        let body = match &self {
+            Self::JsonSchema(schema) => format!("body: %json {schema}\n"),
+            Self::JsonObject => "body: %json {\"type\": \"object\"}\n".to_owned(),
+            Self::Regex(regex) => format!("body: /{}/\n", llguidance::regex_to_lark(regex, "")),
+            Self::Choice(texts) => format!("body: {}\n", alternatives(texts)),
+            Self::Lark(_) => return self,
+        };
+        Self::Lark(thinking::start(Some(thinking)) + &body)
+    }
 }
 
 /// Why a grammar cannot be used.
@@ -204,13 +219,14 @@ fn top_level(grammar: &Grammar) -> TopLevelGrammar {
         Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
         Grammar::JsonObject => TopLevelGrammar::from_json_schema(json!({ "type": "object" })),
         Grammar::Regex(regex) => TopLevelGrammar::from_regex(regex),
-        Grammar::Choice(texts) => {
-            let quoted: Vec<String> =
-                texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
-            TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
-        }
+        Grammar::Choice(texts) => TopLevelGrammar::from_lark(format!("start: {}", alternatives(texts))),
         Grammar::Lark(source) => TopLevelGrammar::from_lark(source.clone()),
     }
+}
+
+fn alternatives(texts: &[String]) -> String {
+    let quoted: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+    quoted.join(" | ")
 }
 
 fn invalid(error: &anyhow::Error) -> GrammarError {

@@ -2,8 +2,8 @@
 //! tokens; what cannot be compiled is refused in bounded time.
 
 use bitfast_text::{
-    Completeness, GgufVocab, Grammar, GrammarCompiler, GrammarError, GrammarFault, GrammarMatcher,
-    SpecialTokens, Tokenizer,
+    AnswerParser, AnswerPart, Completeness, GgufVocab, Grammar, GrammarCompiler, GrammarError, GrammarFault,
+    GrammarMatcher, SpecialTokens, Thinking, Tokenizer, ToolFormat, ToolParser,
 };
 use serde_json::{Value, json};
 
@@ -290,5 +290,95 @@ fn follow(mut matcher: GrammarMatcher, vocab: usize) {
         if matcher.accept(*token).is_err() {
             return;
         }
+    }
+}
+
+/// Whether the whole text, in the model's own tokens, is what the grammar allows.
+fn accepts(grammar: &Grammar, compiler: &GrammarCompiler, text: &str) -> bool {
+    let compiled = compiler.compile(grammar).unwrap_or_else(|e| panic!("{grammar:?}: {e}"));
+    let mut matcher = compiled.matcher();
+    let mut completeness = Completeness::Partial;
+    for byte in text.bytes() {
+        // Byte by byte: a forced text may come in one way of cutting only, but that way begins with its bytes.
+        let token = u32::from(byte) + 1;
+        let Ok(next) = matcher.accept(token) else { return false };
+        completeness = next;
+    }
+    completeness != Completeness::Partial
+}
+
+#[test]
+fn calls_and_answers_after_thoughts() {
+    let tokenizer = tokenizer();
+    let compiler = GrammarCompiler::new(&tokenizer).unwrap();
+    let city =
+        json!({ "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] });
+    let tools =
+        [("weather".to_owned(), city), ("now".to_owned(), json!({ "type": "object", "properties": {} }))];
+    let cases = [
+        (
+            ToolFormat::Hermes,
+            "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\"}}\n</tool_call>",
+            "\n<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>",
+            "",
+        ),
+        (
+            ToolFormat::Llama3Json,
+            "{\"name\": \"weather\", \"parameters\": {\"city\": \"Paris\"}}",
+            "; {\"name\": \"now\", \"parameters\": {}}",
+            "",
+        ),
+        (
+            ToolFormat::DeepSeekV3,
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\"city\": \"Paris\"}\n```<｜tool▁call▁end｜>",
+            "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
+        (
+            ToolFormat::DeepSeekV31,
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"Paris\"}<｜tool▁call▁end｜>",
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
+    ];
+    for (format, first, second, end) in cases {
+        let accepts =
+            |many, thinking, text: &str| accepts(&format.grammar(&tools, many, thinking), &compiler, text);
+        let (one, two) = (format!("{first}{end}"), format!("{first}{second}{end}"));
+        assert!(accepts(false, None, &one), "{format}: {one}");
+        assert!(!accepts(false, None, &two), "{format}: one call only");
+        assert!(accepts(true, None, &one) && accepts(true, None, &two), "{format}: {two}");
+        assert!(!accepts(true, None, "Hello"), "{format}");
+        assert!(!accepts(true, None, &one.replace("Paris\"", "Paris\", \"x\"")), "{format}");
+        let thought = format!("<think>\nWell < 3.\n</think>\n\n{one}");
+        assert!(
+            accepts(false, Some(Thinking::Tagged), &thought) && accepts(false, Some(Thinking::Tagged), &one)
+        );
+        assert!(
+            accepts(false, Some(Thinking::Opened), &thought["<think>".len()..])
+                && !accepts(false, None, &thought)
+        );
+        // What the grammar forces, the parser reads.
+        let mut parser = AnswerParser::new(None, Some(ToolParser::new(format, ["weather", "now"])));
+        let mut parts = parser.push(&two);
+        parts.extend(parser.finish());
+        let call = |index, name: &str| AnswerPart::Call { index, name: name.into() };
+        let arguments = |index, text: &str| AnswerPart::Arguments { index, text: text.into() };
+        assert_eq!(
+            parts,
+            [call(0, "weather"), arguments(0, "{\"city\": \"Paris\"}"), call(1, "now"), arguments(1, "{}")]
+        );
+    }
+    let forms = [
+        (Grammar::JsonObject, "{\"a\": 1}"),
+        (Grammar::JsonSchema(json!({ "type": "boolean" })), "true"),
+        (Grammar::Regex("a+/b".into()), "aa/b"),
+        (Grammar::Choice(vec!["yes".into(), "no".into()]), "no"),
+    ];
+    for (grammar, text) in forms {
+        let opened = grammar.clone().after_thoughts(Thinking::Opened);
+        assert!(accepts(&opened, &compiler, &format!("Hm. true? </think>\n{text}")), "{grammar:?}");
+        assert!(!accepts(&opened, &compiler, "Hm. true? </think>\n?"), "{grammar:?}");
+        assert!(accepts(&grammar.after_thoughts(Thinking::Tagged), &compiler, text));
     }
 }

@@ -9,6 +9,7 @@ use super::tools::{Prose, Rules, call_schema, literal};
 
 pub(super) const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
+pub(super) const TAGS: &[&str] = &[OPEN, CLOSE];
 
 #[derive(Debug)]
 pub(super) struct Hermes {

@@ -1,4 +1,5 @@
 use super::tags::{Found, TagFinder};
+use crate::chat::ChatTemplate;
 
 /// Where a model's thoughts begin: between `<think>` and `</think>`, as Qwen3 and DeepSeek-R1 write them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,11 @@ impl Thinking {
     /// After a prompt, for a model that thinks.
     pub fn after(prompt: &str) -> Self {
         if prompt.trim_end().ends_with(OPEN) { Self::Opened } else { Self::Tagged }
+    }
+
+    /// Whether a model with this chat template may write thoughts in these tags.
+    pub fn in_template(template: &ChatTemplate) -> bool {
+        template.source().contains(CLOSE)
     }
 }
 
@@ -145,7 +151,7 @@ impl State {
 }
 
 /// The rule `start` of a grammar whose answer is the rule `body`, after thoughts if there are to be any.
-pub(super) fn start(thinking: Option<Thinking>) -> String {
+pub(crate) fn start(thinking: Option<Thinking>) -> String {
     let thoughts = "thoughts[suffix=\"</think>\"]: /(?s:.*)/\nspace: /[ \\n\\r\\t]*/\n";
     match thinking {
         None => "start: body\n".to_owned(),

@@ -67,6 +67,15 @@ impl ToolFormat {
         llama.then_some(Self::Llama3Json)
     }
 
+    /// The tags of the format; a detokenizer that skips special tokens must not skip these.
+    pub fn tags(self) -> &'static [&'static str] {
+        match self {
+            Self::Hermes => hermes::TAGS,
+            Self::Llama3Json => &[],
+            Self::DeepSeekV3 | Self::DeepSeekV31 => deepseek::TAGS,
+        }
+    }
+
     /// A grammar of one call of these tools, or of `many`: each is a function's name and the JSON Schema of its
     /// parameters. `after` thoughts, if the model is to have any.
     pub fn grammar(self, tools: &[(String, Value)], many: bool, after: Option<super::Thinking>) -> Grammar {
