@@ -1,0 +1,22 @@
+//! Benchmarks and the conformance suite, for Bitfast and for any OpenAI-compatible server.
+//!
+//! - [`iterations`]: the time of prefill and decode steps, one by one.
+//!
+//! Architecture invariant: nothing here knows a terminal. Progress goes to an [`Observer`], reports are values
+//! with a table, JSON and HTML. Servers are asked over HTTP alone, Bitfast like any other.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+mod error;
+pub mod iterations;
+pub mod load;
+mod observer;
+mod random;
+pub mod report;
+mod stats;
+
+pub use error::{Error, Result};
+pub use observer::{Cancel, Observer, Silent, block_on};
+pub use random::{Random, token_ids};
+pub use stats::Summary;

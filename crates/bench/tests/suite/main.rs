@@ -1,0 +1,5 @@
+//! The tools against stand-in servers, in virtual time: no test waits, and none depends on how fast it runs.
+
+mod client;
+mod fake;
+mod iterations;
