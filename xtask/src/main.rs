@@ -1,6 +1,7 @@
-//! Project chores: `cargo xtask ci | lint | models | tidy`.
+//! Project chores: `cargo xtask ci | gpu | lint | models | tidy`.
 
 mod ci;
+mod gpu;
 mod models;
 mod tidy;
 
@@ -11,6 +12,7 @@ use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask COMMAND
   ci      all checks: lint, tests, documentation tests
+  gpu     build the GPU tests and run them on a machine that has one
   lint    tidy, formatting, clippy
   tidy    rules of the source tree that the compiler does not check
   models  fetch the models, tokenizers and templates that tests use, into the cache";
@@ -29,6 +31,7 @@ fn run() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace");
     match std::env::args().nth(1).as_deref() {
         Some("ci") => ci::ci(root),
+        Some("gpu") => gpu::gpu(root, std::env::args().skip(2)),
         Some("lint") => ci::lint(root),
         Some("models") => models::fetch(),
         Some("tidy") => tidy_or_fail(root),

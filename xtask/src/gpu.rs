@@ -1,0 +1,220 @@
+//! The tests that need a GPU, on a machine that has one: built here, carried there, run by a script that needs a shell only.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "usage: cargo xtask gpu [--shell COMMAND] [--sanitizer] [--env NAME=VALUE].. [TEST]..
+
+Builds the GPU tests and the command in release mode, strips them, and packs them with a script into
+target/gpu/bundle.tar.gz. With --shell, the bundle goes to that shell's standard input and is unpacked
+and run in a temporary folder there; prints a table and fails on any difference:
+  cargo xtask gpu --shell \"ssh gpu-host\"
+  cargo xtask gpu --shell \"bash -c\"              (this machine)
+Without it: copy the bundle, unpack it, run ./run.sh there.
+  --sanitizer  also run the small twin tests under compute-sanitizer (memcheck and racecheck)
+  --env        set a variable there, such as BITFAST_NVRTC=/path/libnvrtc.so.13
+  TEST         only these, such as twin_linear";
+
+/// Test binaries: package and test. Each one's GPU tests are ignored where there is none.
+const TESTS: [(&str, &str); 6] = [
+    ("bitfast-cuda", "selfcheck"),
+    ("bitfast-cuda", "twin_linear"),
+    ("bitfast-cuda", "twin_rows"),
+    ("bitfast-cuda", "twin_attention"),
+    ("bitfast-cuda", "twin_sampler"),
+    ("bitfast-testkit", "law_cuda"),
+];
+
+/// What `cargo xtask gpu` was asked for.
+#[derive(Debug, Default)]
+struct Args {
+    shell: Option<String>,
+    sanitizer: bool,
+    env: Vec<String>,
+    tests: Vec<String>,
+}
+
+/// `cargo xtask gpu`.
+pub fn gpu(root: &Path, args: impl Iterator<Item = String>) -> Result<()> {
+    let args = parse(args)?;
+    let folder = root.join("target/gpu/bundle");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(folder.join("fixtures"))?;
+    for (name, path) in build(root, &args.tests)? {
+        let to = folder.join(name);
+        fs::copy(&path, &to).with_context(|| format!("cannot copy {}", path.display()))?;
+        // Without it the bundle is larger, nothing else.
+        let _ = Command::new("strip").arg(&to).stderr(Stdio::null()).status();
+    }
+    copy_tree(&root.join("crates/testkit/fixtures"), &folder.join("fixtures"))?;
+    let script = folder.join("run.sh");
+    fs::write(&script, include_str!("gpu_run.sh"))?;
+    make_executable(&script)?;
+    let bundle = folder.with_extension("tar.gz");
+    pack(&folder, &bundle)?;
+    eprintln!("{} ({:.1} MB)", bundle.display(), fs::metadata(&bundle)?.len() as f64 / 1e6);
+    match &args.shell {
+        Some(shell) => run_there(shell, &bundle, &args),
+        None => Ok(()),
+    }
+}
+
+fn parse(args: impl Iterator<Item = String>) -> Result<Args> {
+    let mut parsed = Args::default();
+    let mut args = args;
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--shell" => parsed.shell = Some(args.next().context(USAGE)?),
+            "--env" => parsed.env.push(args.next().context(USAGE)?),
+            "--sanitizer" => parsed.sanitizer = true,
+            name if TESTS.iter().any(|(_, test)| *test == name) => parsed.tests.push(arg),
+            _ => bail!("{arg:?} is no flag and no GPU test\n{USAGE}"),
+        }
+    }
+    if let Some(bad) = parsed.env.iter().find(|e| !e.contains('=') || e.contains('\'')) {
+        bail!("--env {bad}: expected NAME=VALUE without quotes");
+    }
+    Ok(parsed)
+}
+
+/// Names and paths of the executables.
+fn build(root: &Path, only: &[String]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
+    let wanted = TESTS.iter().filter(|(_, test)| only.is_empty() || only.iter().any(|o| o == test));
+    for (package, test) in wanted {
+        let line = ["test", "--release", "--no-run", "-p", package, "--test", test];
+        found.insert((*test).to_owned(), executable(root, &line)?);
+    }
+    let line = ["build", "--release", "-p", "bitfast", "--bin", "bitfast"];
+    found.insert("bitfast".to_owned(), executable(root, &line)?);
+    Ok(found)
+}
+
+/// The last executable that cargo names.
+fn executable(root: &Path, line: &[&str]) -> Result<PathBuf> {
+    eprintln!("$ cargo {}", line.join(" "));
+    let mut cargo = Command::new("cargo");
+    cargo.args(line).arg("--message-format=json-render-diagnostics").current_dir(root);
+    let output = cargo.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("failed: cargo {}", line.join(" "));
+    }
+    let text = String::from_utf8(output.stdout).context("cargo's messages")?;
+    let path = text.lines().rev().find_map(|message| {
+        let (_, rest) = message.split_once("\"executable\":\"")?;
+        Some(rest.split_once('"')?.0.replace("\\\\", "\\"))
+    });
+    Ok(path.with_context(|| format!("cargo {} named no executable", line.join(" ")))?.into())
+}
+
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).with_context(|| from.display().to_string())? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            fs::create_dir_all(&target)?;
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+fn pack(folder: &Path, bundle: &Path) -> Result<()> {
+    let gz = flate2::write::GzEncoder::new(fs::File::create(bundle)?, flate2::Compression::default());
+    let mut tar = tar::Builder::new(gz);
+    tar.append_dir_all("bitfast-gpu", folder)?;
+    tar.into_inner()?.finish()?;
+    Ok(())
+}
+
+#[cfg(unix)]
+fn make_executable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+}
+
+#[cfg(not(unix))]
+fn make_executable(_: &Path) -> Result<()> {
+    Ok(())
+}
+
+fn run_there(shell: &str, bundle: &Path, args: &Args) -> Result<()> {
+    let env: String = args.env.iter().map(|e| format!("export '{e}'; ")).collect();
+    let sanitizer = if args.sanitizer { " --sanitizer" } else { "" };
+    let there = format!(
+        "set -e; d=$(mktemp -d); trap 'rm -rf $d' EXIT; cd $d; tar xz; cd bitfast-gpu; {env}./run.sh{sanitizer}"
+    );
+    let mut words = shell.split_whitespace();
+    let mut command = Command::new(words.next().context(USAGE)?);
+    let mut child = command
+        .args(words)
+        .arg(there)
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {shell}"))?;
+    let sent = child.stdin.take().expect("it is piped").write_all(&fs::read(bundle)?);
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("GPU tests: {status}");
+    }
+    sent.context("sending the bundle")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(words: &[&str]) -> Result<Args> {
+        parse(words.iter().map(|w| w.to_string()))
+    }
+
+    #[test]
+    fn flags_are_read_and_mistakes_named() {
+        let parsed =
+            args(&["--shell", "ssh host", "--sanitizer", "--env", "A=1", "twin_rows"]).unwrap();
+        assert_eq!((parsed.shell.as_deref(), parsed.sanitizer), (Some("ssh host"), true));
+        assert_eq!((parsed.env, parsed.tests), (vec!["A=1".to_owned()], vec!["twin_rows".to_owned()]));
+        assert!(args(&["twin_nothing"]).unwrap_err().to_string().contains("\"twin_nothing\""));
+        assert!(args(&["--env", "A"]).unwrap_err().to_string().contains("--env A"));
+        assert!(args(&["--shell"]).is_err());
+    }
+
+    /// The script against binaries that pass, fail and run nothing.
+    #[cfg(unix)]
+    #[test]
+    fn the_script_fails_on_any_difference() {
+        let run = |body: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            for (name, text) in [("run.sh", include_str!("gpu_run.sh")), ("twin_x", body)] {
+                let path = dir.path().join(name);
+                fs::write(&path, text).unwrap();
+                make_executable(&path).unwrap();
+            }
+            let output = Command::new("./run.sh").current_dir(dir.path()).output().unwrap();
+            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+        };
+        let (ok, table) = run(
+            "#!/bin/sh\necho 'test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
+        );
+        assert!(ok && table.contains("twin_x") && table.contains("3 passed, 0 failed"), "{table}");
+        let (ok, table) = run(
+            "#!/bin/sh\necho 'test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out'\nexit 101\n",
+        );
+        assert!(!ok && table.contains("2 passed, 1 failed"), "{table}");
+        let (ok, _) = run("#!/bin/sh\nexit 139\n");
+        assert!(!ok, "a crash is no pass");
+        let (ok, _) = run(
+            "#!/bin/sh\necho 'test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
+        );
+        assert!(!ok, "nothing run is no pass");
+    }
+}

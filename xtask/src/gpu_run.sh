@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs every test binary beside it on this machine's GPU, prints a table, fails on any difference.
+# usage: ./run.sh [--sanitizer]
+cd "$(dirname "$0")" || exit 2
+export BITFAST_FIXTURES="$PWD/fixtures"
+mkdir -p logs
+passed=0 failed=0
+
+# name, log, exit status, seconds
+row() {
+    local line p f
+    line=$(grep '^test result:' "$2" | tail -1)
+    p=$(sed -n 's/.* \([0-9]*\) passed.*/\1/p' <<<"$line")
+    f=$(sed -n 's/.* \([0-9]*\) failed.*/\1/p' <<<"$line")
+    p=${p:-0} f=${f:-0}
+    # A crash, or a binary that ran nothing, is a failure.
+    if [ "$f" = 0 ] && { [ "$3" != 0 ] || [ "$p" = 0 ]; }; then f=1; fi
+    passed=$((passed + p)) failed=$((failed + f))
+    printf '%-28s %4d passed %4d failed %6ds\n' "$1" "$p" "$f" "$4"
+    if [ "$f" != 0 ]; then tail -40 "$2"; fi
+}
+
+run() {
+    local name=$1 begin=$SECONDS status=0
+    shift
+    "$@" >"logs/$name.log" 2>&1 || status=$?
+    row "$name" "logs/$name.log" "$status" $((SECONDS - begin))
+}
+
+if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; fi
+for binary in selfcheck twin_* law_*; do
+    if [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
+done
+if [ "${1:-}" = --sanitizer ]; then
+    for tool in memcheck racecheck; do
+        for binary in twin_*; do
+            ./"$binary" --list --ignored small | grep -q ': test' || continue
+            run "$binary-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+                "./$binary" --include-ignored --test-threads=1 small
+        done
+    done
+fi
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
