@@ -8,7 +8,8 @@ use bitfast_ops::{
 use crate::attention::attention;
 use crate::isa::{Isa, IsaError};
 use crate::kv::{self, Kv};
-use crate::linear::{KSplit, Output, linear};
+use crate::linear::{KSplit, linear};
+use crate::sums::Output;
 use crate::tensor::{Param, Tensor};
 use crate::weight::Weight;
 use crate::workers::Workers;

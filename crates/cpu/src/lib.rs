@@ -17,6 +17,7 @@ mod micro;
 mod pool;
 mod qkv;
 mod simd;
+mod sums;
 mod tensor;
 mod weight;
 mod workers;

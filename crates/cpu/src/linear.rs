@@ -2,20 +2,17 @@
 
 use std::ops::Range;
 
+use bitfast_ops::Result;
 use bitfast_ops::contract::Join;
-use bitfast_ops::{Result, bf16, exact};
 
 use crate::Isa;
 use crate::hopper::{self, AStep};
 use crate::micro::{self, AForm, B_TILE, CHUNK, Init, Path, PathSession, TILE_N, Tile};
 use crate::pool::share;
-use crate::simd::per_isa;
-use crate::tensor::{Tensor, TensorMut};
+use crate::sums::{Finish, Leaves, Output, PANEL_N};
+use crate::tensor::Tensor;
 use crate::weight::{PANEL, Weight};
 use crate::workers::Workers;
-
-/// Outputs per panel: the row length of a block of C.
-const PANEL_N: usize = PANEL * TILE_N;
 
 /// How far ahead a product of few rows fetches its weights, in bytes: two chunks of a panel.
 const STREAM_AHEAD: usize = 2 * PANEL * B_TILE;
@@ -23,19 +20,10 @@ const STREAM_AHEAD: usize = 2 * PANEL * B_TILE;
 /// From this many rows on the products of a cache line take longer than the line's way from memory.
 const COMPUTE_ROWS: usize = 4;
 
-/// Bytes of A that stay in a core's second-level cache beside the weights that stream through it.
+/// Bytes of A that stay in a core's second-level cache beside the weights that stream through it. Machines with AMX have
+/// 2 MiB of it.
 const GROUP_BYTES: usize = 768 << 10;
-
-/// What becomes of the sums.
-#[derive(Clone, Copy)]
-pub(crate) enum Output<'a> {
-    /// Rounded to bf16.
-    Bf16(TensorMut<'a>),
-    /// Gate and up tiles, rounded to bf16, joined by SiLU-mul.
-    SiluMul(TensorMut<'a>),
-    /// As they are.
-    F32(TensorMut<'a>),
-}
+const AMX_GROUP_BYTES: usize = 1 << 20;
 
 /// Who decides on the order of K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +32,6 @@ pub(crate) enum KSplit {
     ByWeight,
     /// The number of rows: the unconstrained mode.
     ByRows,
-}
-
-/// Leaves of K and how they join.
-#[derive(Clone, Copy)]
-struct Leaves {
-    count: usize,
-    join: Join,
 }
 
 impl Leaves {
@@ -86,16 +67,19 @@ pub(crate) fn linear(
         AForm::Hopper => hopper_rows(workers, x, rows, w.chunks() * CHUNK)?,
     };
     let blocks = RowBlocks::new(path, rows, a_stride);
-    workers.reserve(leaves.count * blocks.capacity * PANEL_N * 4)?;
-    let job = Job { w, path, leaves, blocks, a, a_stride, ahead: stream_ahead(isa, rows), out };
+    let beside = micro::has_beside(path, rows);
+    let job = Job { isa, w, path, leaves, blocks, a, a_stride, ahead: stream_ahead(isa, rows), beside, out };
+    workers.reserve(job.slots() * job.slot_len() * 4)?;
     let panels = w.tiles().div_ceil(PANEL);
     workers.run(true, blocks.groups() * panels, |scratch, claims| {
         let _session = PathSession::enter(path);
+        let mut run = Run { job: &job, c: scratch.cast(), turn: 0, waiting: None };
         let mut last_group = None;
         for item in claims {
             let (group, panel) = (item / panels, item % panels);
-            job.panel(isa, panel, group, last_group.replace(group) != Some(group), scratch.cast());
+            run.panel(panel, group, last_group.replace(group) != Some(group));
         }
+        run.finish_waiting();
     });
     Ok(())
 }
@@ -123,13 +107,13 @@ struct RowBlocks {
 
 impl RowBlocks {
     fn new(path: Path, rows: usize, a_stride: usize) -> Self {
-        let (size, capacity) = match path.a_form() {
-            AForm::Bf16 => (32, 32),
+        let (size, capacity, group_bytes) = match path.a_form() {
+            AForm::Bf16 => (32, 32, AMX_GROUP_BYTES),
             // Multiples of what the kernels take, evenly filled.
-            AForm::F32 | AForm::Hopper => (rows.div_ceil(rows.div_ceil(24)), 24),
+            AForm::F32 | AForm::Hopper => (rows.div_ceil(rows.div_ceil(24)), 24, GROUP_BYTES),
         };
         let blocks = rows.div_ceil(size);
-        let groups = blocks.div_ceil((GROUP_BYTES / (size * a_stride)).max(1));
+        let groups = blocks.div_ceil((group_bytes / (size * a_stride)).max(1));
         Self { rows, size, capacity, group: blocks.div_ceil(groups) }
     }
 
@@ -148,6 +132,7 @@ impl RowBlocks {
 
 /// An op in progress, as every thread sees it.
 struct Job<'a> {
+    isa: Isa,
     w: &'a Weight,
     path: Path,
     leaves: Leaves,
@@ -156,6 +141,8 @@ struct Job<'a> {
     a_stride: usize,
     /// How far ahead the kernels fetch weights.
     ahead: usize,
+    /// Whether the kernels do other work while they wait for the tile unit.
+    beside: bool,
     out: Output<'a>,
 }
 
@@ -163,38 +150,31 @@ struct Job<'a> {
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// One panel for the rows of one group; `fresh` says that this thread has not seen these rows yet.
-    fn panel(&self, isa: Isa, panel: usize, group: usize, fresh: bool, c: *mut f32) {
-        let Leaves { count, join } = self.leaves;
-        let tiles = panel * PANEL..self.w.tiles().min((panel + 1) * PANEL);
-        let leaf_len = self.blocks.capacity * PANEL_N;
-        // SAFETY: this thread's scratch; `linear` reserved this much.
-        let c = unsafe { std::slice::from_raw_parts_mut(c, count * leaf_len) };
-        let blocks = group * self.blocks.group..self.blocks.blocks().min((group + 1) * self.blocks.group);
-        for block in blocks.clone() {
-            let rows = self.blocks.rows_of(block);
-            if blocks.len() > 1 {
-                self.fetch_next_panel(tiles.end, share_of(&blocks, block));
-                if fresh && block + 1 < blocks.end {
-                    self.fetch_rows(self.blocks.rows_of(block + 1));
-                }
-            }
-            for (leaf, c) in c.chunks_exact_mut(leaf_len).enumerate() {
-                let chunks = share(self.w.chunks(), count, leaf);
-                self.product(rows.start, rows.len(), tiles.clone(), chunks, c.as_mut_ptr());
-            }
-            join_leaves(isa, c, join, count, leaf_len, rows.len() * PANEL_N);
-            finish(isa, &c[..rows.len() * PANEL_N], self.out, rows.start, tiles.clone());
+    /// Sums of one block: all its leaves.
+    fn slot_len(&self) -> usize {
+        self.leaves.count * self.leaf_len()
+    }
+
+    fn leaf_len(&self) -> usize {
+        self.blocks.capacity * PANEL_N
+    }
+
+    /// Blocks of C that a thread holds: those of a panel until their last leaf, and one that waits to be written.
+    fn slots(&self) -> usize {
+        match (self.beside, self.leaves.count) {
+            (false, _) => 1,
+            (true, 1) => 2,
+            (true, _) => self.blocks.group + 1,
         }
     }
 
-    /// While the blocks of a group go by, a share of the next panel's weights comes from memory with each.
-    fn fetch_next_panel(&self, tile: usize, (part, parts): (usize, usize)) {
-        if tile < self.w.tiles() {
-            let (start, chunk_bytes) = self.w.tile(tile, 0);
-            let lines = share(self.w.chunks() * chunk_bytes / 64, parts, part);
-            lines.for_each(|line| micro::fetch(start.wrapping_add(line * 64)));
+    /// Lines `part` of the panel that begins at `tile`, if there is one: how many they are, and the first.
+    fn lines(&self, tile: usize, (part, parts): (usize, usize)) -> (*const u8, Range<usize>) {
+        if tile >= self.w.tiles() {
+            return (std::ptr::null(), 0..0);
         }
+        let (start, chunk_bytes) = self.w.tile(tile, 0);
+        (start, share(self.w.chunks() * chunk_bytes / 64, parts, part))
     }
 
     /// Rows of A, which another core has written.
@@ -205,36 +185,123 @@ impl Job<'_> {
         }
     }
 
-    fn product(&self, first_row: usize, rows: usize, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) {
+    /// The operands of one leaf of a block.
+    fn operands(&self, rows: Range<usize>, tiles: Range<usize>, chunks: Range<usize>, c: *mut f32) -> Tile {
         let (b, b_chunk) = self.w.tile(tiles.start, chunks.start);
-        // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
-        // one panel; C is this thread's block.
-        unsafe {
-            micro::product(
-                self.path,
-                Tile {
-                    rows,
-                    tiles: tiles.len(),
-                    chunks: chunks.len(),
-                    a: self
-                        .a
-                        .add(first_row * self.a_stride + chunks.start * CHUNK * self.path.a_form().bytes()),
-                    a_stride: self.a_stride,
-                    b,
-                    b_chunk,
-                    c,
-                    c_stride: PANEL_N * 4,
-                    init: Init::Zero,
-                    prefetch: self.ahead,
-                },
-            );
+        let offset = rows.start * self.a_stride + chunks.start * CHUNK * self.path.a_form().bytes();
+        Tile {
+            rows: rows.len(),
+            tiles: tiles.len(),
+            chunks: chunks.len(),
+            a: self.a.wrapping_add(offset),
+            a_stride: self.a_stride,
+            b,
+            b_chunk,
+            c,
+            c_stride: PANEL_N * 4,
+            init: Init::Zero,
+            prefetch: self.ahead,
         }
     }
 }
 
-/// (which of them, of how many) `block` is in `blocks`.
-fn share_of(blocks: &Range<usize>, block: usize) -> (usize, usize) {
-    (block - blocks.start, blocks.len())
+/// One thread at work on an op.
+struct Run<'j, 'a> {
+    job: &'j Job<'a>,
+    /// [`Job::slots`] blocks of C.
+    c: *mut f32,
+    /// The slot of the next panel's first block.
+    turn: usize,
+    /// The last block, which is written while the next one is computed.
+    waiting: Option<Finish<'a>>,
+}
+
+impl Run<'_, '_> {
+    /// One panel for the rows of one group; `fresh` says that this thread has not seen these rows yet.
+    ///
+    /// A path that works beside its products takes one leaf for all blocks, then the next: the leaf's weights stay in
+    /// the first-level cache. Others take all leaves of a block at once.
+    fn panel(&mut self, panel: usize, group: usize, fresh: bool) {
+        let job = self.job;
+        let tiles = panel * PANEL..job.w.tiles().min((panel + 1) * PANEL);
+        let blocks = group * job.blocks.group..job.blocks.blocks().min((group + 1) * job.blocks.group);
+        let count = job.leaves.count;
+        let per_pass = if job.beside { 1 } else { count };
+        for first in (0..count).step_by(per_pass) {
+            let leaves = first..first + per_pass;
+            for (i, block) in blocks.clone().enumerate() {
+                if fresh && first == 0 && block + 1 < blocks.end {
+                    job.fetch_rows(job.blocks.rows_of(block + 1));
+                }
+                // While the blocks of a group go by, the next panel's weights come from memory.
+                let part = (first / per_pass * blocks.len() + i, count / per_pass * blocks.len());
+                let (line, lines) =
+                    if blocks.len() > 1 { job.lines(tiles.end, part) } else { job.lines(usize::MAX, part) };
+                self.block(block, tiles.clone(), leaves.clone(), self.turn + i, (line, lines));
+            }
+        }
+        self.turn = (self.turn + blocks.len()) % job.slots();
+    }
+
+    /// Some leaves of a block into a slot; beside the products, the block that waits is written and lines are fetched.
+    fn block(
+        &mut self,
+        block: usize,
+        tiles: Range<usize>,
+        leaves: Range<usize>,
+        slot: usize,
+        (line, mut lines): (*const u8, Range<usize>),
+    ) {
+        let job = self.job;
+        let rows = job.blocks.rows_of(block);
+        let c = self.c.wrapping_add(slot % job.slots() * job.slot_len());
+        let chunks_of = |leaf| share(job.w.chunks(), job.leaves.count, leaf);
+        let mut chunks_left: usize = leaves.clone().map(|leaf| chunks_of(leaf).len()).sum();
+        let mut fetch = |share: usize| {
+            lines.by_ref().take(share).for_each(|i| micro::fetch(line.wrapping_add(i * 64)));
+            lines.len()
+        };
+        let mut lines_left = fetch(if job.beside { 0 } else { usize::MAX });
+        let mut waiting = self.waiting.take();
+        for leaf in leaves.clone() {
+            let c = c.wrapping_add(leaf * job.leaf_len());
+            let t = job.operands(rows.clone(), tiles.clone(), chunks_of(leaf), c);
+            let beside = || {
+                lines_left = fetch(lines_left.div_ceil(chunks_left));
+                if let Some(waiting) = &mut waiting {
+                    waiting.some(waiting.rows.len().div_ceil(chunks_left));
+                }
+                chunks_left -= 1;
+            };
+            // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
+            // one panel; C is this thread's slot, which no block waits in.
+            unsafe { micro::product_beside(job.path, &t, beside) };
+        }
+        fetch(usize::MAX);
+        self.waiting = waiting;
+        self.finish_waiting();
+        if leaves.end == job.leaves.count {
+            self.waiting = Some(Finish {
+                isa: job.isa,
+                leaves: job.leaves,
+                c,
+                leaf_len: job.leaf_len(),
+                out: job.out,
+                first_row: rows.start,
+                rows: 0..rows.len(),
+                tiles,
+            });
+            if !job.beside {
+                self.finish_waiting();
+            }
+        }
+    }
+
+    fn finish_waiting(&mut self) {
+        if let Some(mut waiting) = self.waiting.take() {
+            waiting.some(usize::MAX);
+        }
+    }
 }
 
 /// fp32 copies of the first rows of `x`, zero-padded to `k` elements, in the shared buffer.
@@ -270,100 +337,3 @@ fn hopper_rows(workers: &mut Workers, x: &Tensor, rows: usize, k: usize) -> Resu
     });
     Ok((start as *const u8, stride))
 }
-
-per_isa! {
-    /// Joins `count` leaves of `len` sums (`leaf_len` apart) into the first one.
-    fn join_leaves(c: &mut [f32], join: Join, count: usize, leaf_len: usize, len: usize) {
-        match join {
-            Join::Fold => {
-                let (sum, rest) = c.split_at_mut(leaf_len);
-                for leaf in rest.chunks_exact(leaf_len) {
-                    for (s, x) in sum[..len].iter_mut().zip(leaf) {
-                        *s += x;
-                    }
-                }
-            }
-            Join::Tree => {
-                let mut n = count;
-                while n > 1 {
-                    n /= 2;
-                    let (left, right) = c.split_at_mut(leaf_len);
-                    for (l, r) in left[..len].iter_mut().zip(&*right) {
-                        *l += r;
-                    }
-                    for i in 1..n {
-                        let (target, pair) = c.split_at_mut(2 * i * leaf_len);
-                        let (l, r) = (&pair[..len], &pair[leaf_len..][..len]);
-                        for ((t, l), r) in target[i * leaf_len..][..len].iter_mut().zip(l).zip(r) {
-                            *t = l + r;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Rounds a block of sums into rows `first_row..` of the output.
-    fn finish(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
-        // Blocks of a known size: the loops become a few vectors.
-        let sums = c.as_chunks::<PANEL_N>().0;
-        match out {
-            Output::Bf16(out) => {
-                let (col, len) = columns(tiles.start, tiles.len(), out.cols());
-                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; PANEL_N]| {
-                    exact::narrow(sums, out);
-                });
-            }
-            Output::SiluMul(out) => {
-                let (col, len) = columns(tiles.start / 2, tiles.len() / 2, out.cols());
-                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; TILE_N]| {
-                    let mut both = [bf16::ZERO; PANEL_N];
-                    exact::narrow(sums, &mut both);
-                    exact::silu_mul(&both[..TILE_N], &both[TILE_N..], out);
-                });
-            }
-            Output::F32(out) => {
-                let (col, len) = columns(tiles.start, tiles.len(), out.cols());
-                for (i, sums) in sums.iter().enumerate() {
-                    // SAFETY: these columns of the row belong to `tiles`, which this thread alone has.
-                    unsafe { out.f32_part(first_row + i, col, len) }.copy_from_slice(&sums[..len]);
-                }
-            }
-        }
-    }
-}
-
-/// Writes `f` of every row of sums to `len <= N` columns of the output.
-#[inline(always)]
-fn store_rows<const N: usize>(
-    out: TensorMut<'_>,
-    first_row: usize,
-    col: usize,
-    len: usize,
-    sums: &[[f32; PANEL_N]],
-    f: impl Fn(&[f32; PANEL_N], &mut [bf16; N]),
-) {
-    let (start, stride) = out.bf16_block(first_row, sums.len(), col, len);
-    for (i, sums) in sums.iter().enumerate() {
-        let row = start.wrapping_add(i * stride);
-        // SAFETY: inside the block that `bf16_block` has checked; these columns belong to tiles that this thread
-        // alone has.
-        unsafe {
-            if len == N {
-                f(sums, &mut *row.cast::<[bf16; N]>());
-            } else {
-                let mut whole = [bf16::ZERO; N];
-                f(sums, &mut whole);
-                std::slice::from_raw_parts_mut(row, len).copy_from_slice(&whole[..len]);
-            }
-        }
-    }
-}
-
-/// First column and number of columns of `tiles` tiles from `first` on in a row of `cols`.
-fn columns(first: usize, tiles: usize, cols: usize) -> (usize, usize) {
-    (first * TILE_N, (tiles * TILE_N).min(cols - first * TILE_N))
-}
-
-// A panel of a gate_up weight is one gate tile and its up tile, which `finish` relies on.
-const _: () = assert!(PANEL == 2 && B_TILE == TILE_N * CHUNK * 2);

@@ -4,7 +4,7 @@ use bitfast_ops::contract::{ATTN_SPLIT_KEYS, ATTN_TILE_KEYS};
 use bitfast_ops::{AttnDesc, SeqInput, bf16};
 
 use super::Item;
-use super::softmax::{Folded, RowState, S_STRIDE, softmax_tile};
+use super::softmax::{Folded, RowState, S_STRIDE, ScoreTile, softmax_tile};
 use crate::Isa;
 use crate::hopper::{self, AStep};
 use crate::kv::{HeadBlock, HeadShape, Kv, V_CHUNK};
@@ -102,10 +102,20 @@ impl<'a> ItemRun<'a> {
         o.fill(0.0);
         let start = split * ATTN_SPLIT_KEYS;
         let end = (start + ATTN_SPLIT_KEYS).min(state[m - 1].position + 1);
+        // The first rows may lie before a tile.
+        let first_of = |tile: usize| (tile.saturating_sub(first_position) * self.group()).min(m);
+        // The next tile's scores come between a tile's P and its product with V: what was just written has time to
+        // reach the first-level cache before it is an operand.
+        if start < end {
+            self.scores(start, end, first_of(start));
+        }
         for tile in (start..end).step_by(ATTN_TILE_KEYS) {
-            // The first rows may lie before this tile.
-            let first = (tile.saturating_sub(first_position) * self.group()).min(m);
-            self.tile(tile, first, state, o);
+            let (first, next) = (first_of(tile), tile + ATTN_TILE_KEYS);
+            self.probabilities(tile, first, state, o);
+            if next < end {
+                self.scores(next, end, first_of(next));
+            }
+            self.add_values(tile, end, first, o);
         }
         state
     }
@@ -160,20 +170,16 @@ impl<'a> ItemRun<'a> {
         }
     }
 
-    /// One tile of 64 keys for the rows from `first` on: S = q k^T, softmax, O += P V.
-    fn tile(&self, tile: usize, first: usize, state: &mut [RowState], o: &mut [f32]) {
-        let Parts { q_stride, p_stride, o_len, .. } = self.parts;
-        let rows = state.len() - first;
-        let end = (tile + ATTN_TILE_KEYS).min(state[state.len() - 1].position + 1);
+    /// S = q k^T for the rows from `first` on and the keys of a tile that lie before `end`.
+    fn scores(&self, tile: usize, end: usize, first: usize) {
+        let q_stride = self.parts.q_stride;
         let group_keys = self.shape.group_tiles() * TILE_N;
-        // S and P are parts of this thread's scratch with room for the padded rows.
-        let s = self.scratch.wrapping_add(self.parts.s).cast::<f32>().wrapping_add(first * S_STRIDE);
-        let p = self.scratch.wrapping_add(self.parts.p + first * p_stride);
-        for key in (tile..end).step_by(group_keys) {
+        let s = self.score_rows(first);
+        for key in (tile..end.min(tile + ATTN_TILE_KEYS)).step_by(group_keys) {
             let (b, b_chunk) = self.block(key).keys(key % self.shape.block_size);
             let next = self.block(self.ahead(key)).keys(self.ahead(key) % self.shape.block_size).0;
             let t = Tile {
-                rows,
+                rows: self.rows() - first,
                 tiles: self.shape.group_tiles(),
                 chunks: self.shape.k_chunks(),
                 a: self.scratch.wrapping_add(first * q_stride),
@@ -185,13 +191,43 @@ impl<'a> ItemRun<'a> {
                 init: Init::Zero,
                 prefetch: (next as usize).wrapping_sub(b as usize),
             };
-            // SAFETY: as above; the block is the sequence's, and nothing writes to the cache meanwhile.
+            // SAFETY: S has room for the padded rows; the block is the sequence's, and nothing writes to the cache
+            // meanwhile.
             unsafe { micro::product(self.path, t) };
         }
+    }
+
+    /// S of row `first`; S and P are parts of this thread's scratch with room for the padded rows.
+    fn score_rows(&self, first: usize) -> *mut f32 {
+        self.scratch.wrapping_add(self.parts.s).cast::<f32>().wrapping_add(first * S_STRIDE)
+    }
+
+    /// P of row `first`.
+    fn probability_rows(&self, first: usize) -> *mut u8 {
+        self.scratch.wrapping_add(self.parts.p + first * self.parts.p_stride)
+    }
+
+    /// The softmax of a tile whose scores are there.
+    fn probabilities(&self, tile: usize, first: usize, state: &mut [RowState], o: &mut [f32]) {
+        let o_len = self.parts.o_len;
+        let tile = ScoreTile {
+            s: self.score_rows(first),
+            first_key: tile,
+            scale: self.desc.scale_log2,
+            p: self.probability_rows(first),
+            form: self.path.a_form(),
+            p_stride: self.parts.p_stride,
+        };
+        softmax_tile(self.isa, &mut state[first..], &tile, &mut o[first * o_len..], o_len);
+    }
+
+    /// O += P V for the rows from `first` on and the keys of a tile that lie before `end`.
+    fn add_values(&self, tile: usize, end: usize, first: usize, o: &mut [f32]) {
+        let Parts { p_stride, o_len, .. } = self.parts;
+        let (rows, p) = (self.rows() - first, self.probability_rows(first));
+        let end = end.min(tile + ATTN_TILE_KEYS);
         let form = self.path.a_form();
         let o = &mut o[first * o_len..];
-        let state = &mut state[first..];
-        softmax_tile(self.isa, state, s, self.desc.scale_log2, tile, o, o_len, form, p, p_stride);
         let values = |key: usize| self.block(key).values(key % self.shape.block_size);
         // Many rows: one product over both chunks saves O a way through memory. Few rows: each chunk fetches the
         // one that follows it.

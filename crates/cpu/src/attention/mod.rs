@@ -5,6 +5,8 @@
 
 mod item;
 mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod softmax_avx512;
 
 use std::ops::Range;
 

@@ -3,6 +3,7 @@
 use bitfast_ops::contract::ATTN_TILE_KEYS;
 use bitfast_ops::{bf16, exact};
 
+use crate::Isa;
 use crate::hopper::{self, AStep};
 use crate::micro::AForm;
 use crate::simd::per_isa;
@@ -46,52 +47,164 @@ impl Folded {
     pub const NONE: Self = Self { any: false, max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-per_isa! {
-    /// P, the running maximum, the partial sums and the rescaling of O for one tile of keys. S becomes P in fp32.
-    pub(super) fn softmax_tile(
-        state: &mut [RowState], s: *mut f32, scale: f32, tile: usize, o: &mut [f32], o_len: usize, form: AForm,
-        p: *mut u8, p_stride: usize,
-    ) {
-        let scores = |i: usize| {
-            // SAFETY: row `i` of S, this thread's scratch, borrowed for one call at a time.
-            unsafe { &mut *s.add(i * S_STRIDE).cast::<[f32; ATTN_TILE_KEYS]>() }
-        };
-        for (i, (row, o)) in state.iter_mut().zip(o.chunks_exact_mut(o_len)).enumerate() {
-            let valid = (row.position + 1).saturating_sub(tile).min(ATTN_TILE_KEYS);
-            let scaled = match valid {
-                0 => {
-                    *scores(i) = [0.0; ATTN_TILE_KEYS];
-                    1.0
-                }
-                ATTN_TILE_KEYS => softmax_row::<false>(row, scores(i), valid, scale),
-                _ => softmax_row::<true>(row, scores(i), valid, scale),
-            };
-            if scaled != 1.0 {
-                o.iter_mut().for_each(|o| *o *= scaled);
-            }
-        }
-        // A second pass, so that the sums read P from memory, four neighbours at a time.
-        for (i, row) in state.iter_mut().enumerate() {
-            let exact_p = scores(i);
-            row.sums = add_keys(row.sums, exact_p);
-            let rounded = exact_p.map(probability_to_bf16);
-            let p = p.wrapping_add(i * p_stride);
-            match form {
-                // SAFETY: row `i` of P; `p_stride` bytes hold 64 numbers of either form.
-                AForm::Bf16 => unsafe { *p.cast::<[bf16; ATTN_TILE_KEYS]>() = rounded },
-                AForm::F32 => {
-                    // SAFETY: as above.
-                    exact::widen(&rounded, unsafe { &mut *p.cast::<[f32; ATTN_TILE_KEYS]>() });
-                }
+/// A tile of scores, which becomes its probabilities, and where it is to leave them.
+#[derive(Clone, Copy)]
+pub(super) struct ScoreTile {
+    /// First of the rows of 64 scores, [`S_STRIDE`] apart; they become P in fp32.
+    pub s: *mut f32,
+    /// The tile's first key.
+    pub first_key: usize,
+    /// Scale of the scores, in powers of two.
+    pub scale: f32,
+    /// Where P goes as an A operand, in which form, and bytes from row to row.
+    pub p: *mut u8,
+    pub form: AForm,
+    pub p_stride: usize,
+}
+
+impl ScoreTile {
+    /// Row `i`.
+    ///
+    /// # Safety
+    /// The tile has this row, and nobody else has a reference to it.
+    #[inline(always)]
+    pub(super) unsafe fn row<'a>(&self, i: usize) -> &'a mut [f32; ATTN_TILE_KEYS] {
+        // SAFETY: the caller's promise.
+        unsafe { &mut *self.s.add(i * S_STRIDE).cast() }
+    }
+
+    /// Writes row `i` of P.
+    ///
+    /// # Safety
+    /// As for [`ScoreTile::row`]; `p_stride` bytes hold 64 numbers of any form.
+    #[inline(always)]
+    unsafe fn write(&self, i: usize, exact_p: &[f32; ATTN_TILE_KEYS]) {
+        let rounded = exact_p.map(probability_to_bf16);
+        let p = self.p.wrapping_add(i * self.p_stride);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.form {
+                AForm::Bf16 => *p.cast::<[bf16; ATTN_TILE_KEYS]>() = rounded,
+                AForm::F32 => exact::widen(&rounded, &mut *p.cast::<[f32; ATTN_TILE_KEYS]>()),
                 AForm::Hopper => {
-                    // SAFETY: as above.
-                    let steps = unsafe { &mut *p.cast::<[AStep; ATTN_TILE_KEYS / hopper::STEP]>() };
-                    hopper::pack_row(&rounded, steps);
+                    hopper::pack_row(&rounded, &mut *p.cast::<[AStep; ATTN_TILE_KEYS / hopper::STEP]>());
                 }
             }
         }
     }
+}
 
+/// The parts of the softmax that compilers do not turn into good vectors.
+pub(super) trait Kit {
+    /// The largest of the first `valid` scores, or -infinity, by [`larger`] in one fixed order.
+    ///
+    /// # Safety
+    /// The machine has the instructions.
+    unsafe fn largest(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32;
+
+    /// l[(j mod 8) / 2] += P[j], ascending, for every row.
+    ///
+    /// # Safety
+    /// The machine has the instructions; the tile has a row for every state.
+    unsafe fn add_keys(state: &mut [RowState], tile: &ScoreTile);
+}
+
+struct Plain;
+
+impl Kit for Plain {
+    #[inline(always)]
+    unsafe fn largest(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
+        let counted = |key: usize| if key < valid { s[key] } else { f32::NEG_INFINITY };
+        let lanes: [f32; 16] = std::array::from_fn(|i| {
+            larger(larger(counted(i), counted(i + 16)), larger(counted(i + 32), counted(i + 48)))
+        });
+        max16(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn add_keys(state: &mut [RowState], tile: &ScoreTile) {
+        for (i, row) in state.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            row.sums = add_keys(row.sums, unsafe { tile.row(i) });
+        }
+    }
+}
+
+/// P, the running maximum, the partial sums and the rescaling of O (rows of `o_len`) for one tile of keys.
+pub(super) fn softmax_tile(isa: Isa, state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn avx512(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
+        body::<super::softmax_avx512::Avx512>(state, tile, o, o_len);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
+        body::<Plain>(state, tile, o, o_len);
+    }
+    match isa {
+        // SAFETY: a backend is only built for a path that `Isa::require` found available.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx | Isa::Avx512 => unsafe { avx512(state, tile, o, o_len) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2(state, tile, o, o_len) },
+        _ => body::<Plain>(state, tile, o, o_len),
+    }
+}
+
+#[inline(always)]
+fn body<K: Kit>(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
+    for (i, (row, o)) in state.iter_mut().zip(o.chunks_exact_mut(o_len)).enumerate() {
+        let valid = (row.position + 1).saturating_sub(tile.first_key).min(ATTN_TILE_KEYS);
+        // SAFETY: this thread's scratch, one row at a time.
+        let s = unsafe { tile.row(i) };
+        let scaled = match valid {
+            0 => {
+                *s = [0.0; ATTN_TILE_KEYS];
+                1.0
+            }
+            ATTN_TILE_KEYS => softmax_row::<K, false>(row, s, valid, tile.scale),
+            _ => softmax_row::<K, true>(row, s, valid, tile.scale),
+        };
+        // SAFETY: as above.
+        unsafe { tile.write(i, s) };
+        if scaled != 1.0 {
+            o.iter_mut().for_each(|o| *o *= scaled);
+        }
+    }
+    // A second pass, so that the sums of several rows can be taken side by side.
+    // SAFETY: as above; the caller of `body` has the instructions of `K`.
+    unsafe { K::add_keys(state, tile) };
+}
+
+/// One row of a tile, of which the first `valid` keys count: scores become probabilities; returns the factor that
+/// O is to be scaled by. `MASKED` false says that all keys count.
+#[inline(always)]
+fn softmax_row<K: Kit, const MASKED: bool>(
+    row: &mut RowState,
+    s: &mut [f32; ATTN_TILE_KEYS],
+    valid: usize,
+    scale: f32,
+) -> f32 {
+    // All ones for a key that counts: a select without a branch, so that the loops stay vectors.
+    let mask =
+        |key: usize| if MASKED { (((key as u32) < valid as u32) as u32).wrapping_neg() } else { u32::MAX };
+    // SAFETY: `body` is compiled with the instructions of `K`.
+    let largest = unsafe { K::largest(s, valid) };
+    // The scale is positive, so the largest score is the largest scaled score.
+    let max = larger(row.max, (largest * scale).ceil());
+    let scaled = exact::pow2i(row.max - max);
+    for (key, s) in s.iter_mut().enumerate() {
+        let e = exact::exp2_poly3(larger(s.mul_add(scale, -max), -125.0));
+        *s = f32::from_bits(e.to_bits() & mask(key));
+    }
+    row.max = max;
+    row.sums = row.sums.map(|l| l * scaled);
+    scaled
+}
+
+per_isa! {
     /// Folds the next split's O, maximum and sum into a row's total.
     pub(super) fn fold_split(total: &mut [f32], folded: &mut Folded, o: &[f32], max: f32, sum: f32) {
         if !folded.any {
@@ -116,42 +229,9 @@ per_isa! {
     }
 }
 
-/// One row of a tile, of which the first `valid` keys count: scores become probabilities; returns the factor that
-/// O is to be scaled by. `MASKED` false says that all keys count.
-#[inline(always)]
-fn softmax_row<const MASKED: bool>(
-    row: &mut RowState,
-    s: &mut [f32; ATTN_TILE_KEYS],
-    valid: usize,
-    scale: f32,
-) -> f32 {
-    // All ones for a key that counts: a select without a branch, so that the loops stay vectors.
-    let mask =
-        |key: usize| if MASKED { (((key as u32) < valid as u32) as u32).wrapping_neg() } else { u32::MAX };
-    let mut counted = [0f32; ATTN_TILE_KEYS];
-    for key in 0..ATTN_TILE_KEYS {
-        let hidden = f32::NEG_INFINITY.to_bits() & !mask(key);
-        counted[key] = f32::from_bits(s[key].to_bits() & mask(key) | hidden);
-    }
-    let mut lanes = [0f32; 16];
-    for i in 0..16 {
-        lanes[i] = larger(larger(counted[i], counted[i + 16]), larger(counted[i + 32], counted[i + 48]));
-    }
-    // The scale is positive, so the largest score is the largest scaled score.
-    let max = larger(row.max, (max16(lanes) * scale).ceil());
-    let scaled = exact::pow2i(row.max - max);
-    for (key, s) in s.iter_mut().enumerate() {
-        let e = exact::exp2_poly3(larger(s.mul_add(scale, -max), -125.0));
-        *s = f32::from_bits(e.to_bits() & mask(key));
-    }
-    row.max = max;
-    row.sums = row.sums.map(|l| l * scaled);
-    scaled
-}
-
 /// l[(j mod 8) / 2] += P[j], ascending.
 #[inline(always)]
-fn add_keys(mut sums: [f32; 4], p: &[f32; ATTN_TILE_KEYS]) -> [f32; 4] {
+pub(super) fn add_keys(mut sums: [f32; 4], p: &[f32; ATTN_TILE_KEYS]) -> [f32; 4] {
     for eight in p.as_chunks::<8>().0 {
         sums = std::array::from_fn(|i| sums[i] + eight[2 * i]);
         sums = std::array::from_fn(|i| sums[i] + eight[2 * i + 1]);

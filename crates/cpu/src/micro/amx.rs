@@ -106,6 +106,62 @@ pub(super) unsafe fn product(t: Tile) {
     }
 }
 
+/// [`product`] of at most 32 rows that calls `beside` after every chunk where it has C in tiles from end to end (see
+/// [`calls_beside`]): other work fills the time that the tile unit takes.
+///
+/// # Safety
+/// As for [`super::product`]. `beside` must not touch C, nor the tile registers.
+pub(super) unsafe fn product_beside(t: &Tile, mut beside: impl FnMut()) {
+    if !calls_beside(t) {
+        // SAFETY: the caller's promise.
+        return unsafe { product(*t) };
+    }
+    let (mut a, mut b) = (t.a, t.b);
+    // SAFETY: the caller vouches for every address of the block and holds a `Session`. The tile registers keep their
+    // values from one piece of assembly to the next, since the compiler has no use of its own for them.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nostack, nomem, preserves_flags)
+        );
+        for _ in 0..t.chunks {
+            asm!(
+                "tileloadd tmm6, [{b} + {b_row}]", "tileloaddt1 tmm4, [{a} + {a_stride}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b} + {b_row} + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloaddt1 tmm5, [{a1} + {a_stride}]",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                a = in(reg) a,
+                a1 = in(reg) a.wrapping_add(16 * t.a_stride),
+                a_stride = in(reg) t.a_stride,
+                b = in(reg) b,
+                b_row = in(reg) 64usize,
+                options(nostack, readonly, preserves_flags),
+            );
+            a = a.wrapping_add(64);
+            b = b.wrapping_add(t.b_chunk);
+            beside();
+        }
+        asm!(
+            "tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
+            "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3",
+            c = in(reg) t.c,
+            c1 = in(reg) t.c.wrapping_byte_add(16 * t.c_stride),
+            c_stride = in(reg) t.c_stride,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Whether [`product_beside`] calls back in this product.
+pub(super) fn calls_beside(t: &Tile) -> bool {
+    (17..=32).contains(&t.rows) && t.tiles == 2 && t.init == Init::Zero
+}
+
 /// Two kernels: one loads its C tiles, the other clears them; both walk the chunks and store C.
 macro_rules! kernel {
     ($name:ident, $zero:ident: load [$($load:literal),+], clear [$($clear:literal),+], step [$($step:expr),+],

@@ -199,6 +199,37 @@ pub(crate) unsafe fn product(path: Path, t: Tile) {
     }
 }
 
+/// [`product`] that calls `beside` while the product is under way, at most once per chunk and on some paths never.
+///
+/// # Safety
+/// As for [`product`]; `beside` must not touch C.
+#[inline]
+pub(crate) unsafe fn product_beside(path: Path, t: &Tile, beside: impl FnMut()) {
+    // SAFETY: the caller's promise is the kernels' own.
+    unsafe {
+        match path {
+            #[cfg(target_arch = "x86_64")]
+            Path::Amx => amx::product_beside(t, beside),
+            _ => {
+                let _ = beside;
+                product(path, *t)
+            }
+        }
+    }
+}
+
+/// Whether [`product_beside`] calls back in blocks of a batch of `rows` rows.
+pub(crate) fn has_beside(path: Path, rows: usize) -> bool {
+    match path {
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx => rows > 16,
+        _ => {
+            let _ = rows;
+            false
+        }
+    }
+}
+
 /// Asks for the cache line at `address` in the second-level cache; any address will do.
 #[inline(always)]
 pub(crate) fn fetch(address: *const u8) {

@@ -81,6 +81,12 @@ impl Case {
     }
 
     fn run_from(&self, path: Path, init: Init) -> Vec<u32> {
+        // SAFETY: `run_with` makes operands that are good for `product`.
+        self.run_with(path, init, |t| unsafe { product(path, t) })
+    }
+
+    /// What `run` makes of the operands, of which the vectors have the sizes that they say, rows padded to 32.
+    fn run_with(&self, path: Path, init: Init, run: impl FnOnce(Tile)) -> Vec<u32> {
         let mut c = self.c.clone();
         let stride = self.chunks * CHUNK + A_PADDING;
         let (a, size) = match path.a_form() {
@@ -89,25 +95,19 @@ impl Case {
             AForm::Hopper => unreachable!("its tests are its own"),
         };
         let _session = PathSession::enter(path);
-        // SAFETY: the vectors have the sizes that the tile describes, rows padded to 32.
-        unsafe {
-            product(
-                path,
-                Tile {
-                    rows: self.rows,
-                    tiles: self.tiles,
-                    chunks: self.chunks,
-                    a,
-                    a_stride: stride * size,
-                    b: self.b.0.as_ptr().cast(),
-                    b_chunk: self.tiles * B_TILE,
-                    c: c.as_mut_ptr(),
-                    c_stride: self.tiles * 64,
-                    init,
-                    prefetch: 0,
-                },
-            );
-        }
+        run(Tile {
+            rows: self.rows,
+            tiles: self.tiles,
+            chunks: self.chunks,
+            a,
+            a_stride: stride * size,
+            b: self.b.0.as_ptr().cast(),
+            b_chunk: self.tiles * B_TILE,
+            c: c.as_mut_ptr(),
+            c_stride: self.tiles * 64,
+            init,
+            prefetch: 0,
+        });
         c[..self.rows * self.tiles * 16].iter().map(|x| x.to_bits()).collect()
     }
 
@@ -269,6 +269,29 @@ fn every_path_equals_the_scalar_one_in_every_shape() {
                         assert!(case.run(*path) == expected, "{what}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Also when vector code of the callback's own runs between the chunks.
+#[test]
+fn work_beside_a_product_moves_no_bit() {
+    for inputs in Inputs::ALL {
+        for (rows, tiles) in [(1, 2), (16, 2), (17, 2), (31, 2), (32, 2), (32, 1), (20, 3)] {
+            let case = Case::new(inputs, rows, tiles, 5);
+            let expected = case.run_from(Path::Scalar, Init::Zero);
+            for path in paths() {
+                let (mut calls, mut other) = (0, vec![1.0f32; 100]);
+                let beside = || {
+                    calls += 1;
+                    other.iter_mut().for_each(|x| *x = x.mul_add(0.5, 1.0));
+                };
+                // SAFETY: `run_with` makes operands that are good for `product`; the callback does not touch C.
+                let got = case.run_with(path, Init::Zero, |t| unsafe { product_beside(path, &t, beside) });
+                assert!(got == expected, "{path:?} {inputs:?} {rows} rows {tiles} tiles");
+                let called = has_beside(path, rows) && tiles == 2;
+                assert_eq!(calls, if called { 5 } else { 0 }, "{path:?} {rows} rows {tiles} tiles");
             }
         }
     }
