@@ -45,20 +45,20 @@ pub(crate) async fn encode(
     .await
 }
 
-/// Text and token ids of a conversation.
+/// Token ids and text of a conversation.
 pub(crate) async fn encode_chat(
     state: &Arc<AppState>,
     messages: Vec<ChatMessage>,
     options: RenderOptions,
     add_special: bool,
-) -> Result<Vec<u32>, ApiError> {
+) -> Result<(Vec<u32>, String), ApiError> {
     // Templates can be slow whatever the length: always aside.
     aside(state, usize::MAX, move |state| {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "messages: must not be empty"));
         }
         let text = state.llm.render_chat(&messages, &options)?;
-        Ok(state.llm.encode_text(&text, add_special)?)
+        Ok((state.llm.encode_text(&text, add_special)?, text))
     })
     .await
     .map_err(|error| error.renamed("prompt", "messages"))

@@ -40,6 +40,9 @@ pub enum ServeError {
         /// The system's words.
         source: std::io::Error,
     },
+    /// A field of the configuration cannot be.
+    #[error("{0}")]
+    Config(String),
     /// The operating system refused something at start.
     #[error("cannot start serving: {0}")]
     Start(#[from] std::io::Error),
@@ -84,7 +87,8 @@ impl Server {
         let bound = std::net::TcpListener::bind((host, port));
         let listener = bound.map_err(|source| ServeError::Bind { address, source })?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, state: Arc::new(AppState::new(llm, config)) })
+        let state = AppState::new(llm, config).map_err(ServeError::Config)?;
+        Ok(Self { listener, state: Arc::new(state) })
     }
 
     /// Where it listens.

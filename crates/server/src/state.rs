@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bitfast_llm::LLM;
 
+use crate::chat::Formats;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Metrics;
 
@@ -20,11 +21,9 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// Where the profiler writes.
     pub profile_dir: Option<PathBuf>,
-    /// `tool_choice: auto` is honoured.
-    pub enable_auto_tool_choice: bool,
-    /// How tool calls are written in answers.
+    /// How the model writes tool calls, by name, `auto` or `none`; `None`: as its chat template shows.
     pub tool_call_parser: Option<String>,
-    /// How reasoning is marked in answers.
+    /// How the model marks its reasoning, by name, `auto` or `none`; `None`: as its chat template shows.
     pub reasoning_parser: Option<String>,
 }
 
@@ -36,7 +35,6 @@ impl ServerConfig {
             api_keys: Vec::new(),
             shutdown_timeout: Duration::from_secs(10),
             profile_dir: None,
-            enable_auto_tool_choice: false,
             tool_call_parser: None,
             reasoning_parser: None,
         }
@@ -47,6 +45,7 @@ impl ServerConfig {
 pub(crate) struct AppState {
     pub llm: LLM,
     pub config: ServerConfig,
+    pub formats: Formats,
     pub metrics: Metrics,
     /// Unix seconds.
     pub started: u64,
@@ -61,9 +60,11 @@ pub(crate) struct AppState {
 }
 
 impl AppState {
-    pub fn new(llm: LLM, config: ServerConfig) -> Self {
+    /// The error names a field of `config`.
+    pub fn new(llm: LLM, config: ServerConfig) -> Result<Self, String> {
         let keys = config.api_keys.iter().map(|key| blake3::hash(key.as_bytes())).collect();
-        Self {
+        Ok(Self {
+            formats: Formats::of(&llm, &config)?,
             metrics: Metrics::new(llm.fleet().size()),
             profiler: crate::profile::Profiler::new(config.profile_dir.clone()),
             llm,
@@ -74,7 +75,7 @@ impl AppState {
             stopping: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
             process: RandomState::new().build_hasher().finish(),
-        }
+        })
     }
 
     /// A new id, unlike all others.

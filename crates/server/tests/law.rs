@@ -5,6 +5,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::http::Reply;
 use common::{Client, Running, eventually, is_idle, tiny};
 use serde_json::{Value, json};
 
@@ -29,14 +30,14 @@ fn request(prompt: Value, stream: bool) -> Value {
 }
 
 /// The logprobs columns of each choice, as the text that came over the wire.
-fn logprobs(reply: &common::Reply) -> Vec<String> {
+fn logprobs(reply: &Reply) -> Vec<String> {
     let answer = reply.ok();
     let choices = answer["choices"].as_array().unwrap();
     choices.iter().map(|c| c["logprobs"].to_string()).collect()
 }
 
 /// The same of a stream, its chunks joined.
-fn streamed(reply: &common::Reply) -> String {
+fn streamed(reply: &Reply) -> String {
     let mut rows: Vec<Value> = Vec::new();
     let mut tops: Vec<Value> = Vec::new();
     for event in reply.events() {

@@ -26,6 +26,8 @@ pub(crate) struct ChatFields {
     /// `none`, `auto`, `required`, or one tool.
     #[schema(value_type = Option<Object>)]
     pub tool_choice: Option<Value>,
+    /// Whether several tools may be called at once (true).
+    pub parallel_tool_calls: Option<bool>,
     /// Texts that the template may show.
     #[schema(value_type = Option<Vec<Object>>)]
     pub documents: Option<Vec<Value>>,

@@ -1,9 +1,9 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use bitfast_llm::{Chunk, CompletionOutput, FinishReason, RequestOutput};
+use bitfast_llm::{AnswerParser, Chunk, CompletionOutput, FinishReason, RequestOutput};
 
-use super::parse::{self, DeltaParser, Part, Plain};
+use super::parse::{self, Reading, is_call};
 use crate::api::chat::{ChatChoice, ChatChunk, ChatCompletion, ChatFields, ChatLogprobs, ChunkChoice, Delta};
 use crate::api::common::{CommonFields, StreamOptions, Usage};
 use crate::error::ApiError;
@@ -21,6 +21,7 @@ pub(crate) struct ChatForm {
     top_logprobs: Option<usize>,
     token_ids: bool,
     as_ids: bool,
+    reading: Reading,
 }
 
 impl ChatForm {
@@ -41,6 +42,7 @@ impl ChatForm {
             top_logprobs,
             token_ids: common.return_token_ids.unwrap_or(false),
             as_ids: common.return_tokens_as_token_ids.unwrap_or(false),
+            reading: Reading::default(),
         })
     }
 
@@ -49,9 +51,9 @@ impl ChatForm {
         self.top_logprobs.map(|top| u32::try_from(top).unwrap_or(u32::MAX))
     }
 
-    /// The stage that cuts one sample's text into parts of its message.
-    fn parser(&self) -> Box<dyn DeltaParser> {
-        Box::new(Plain)
+    /// With thoughts and calls taken out of answers.
+    pub fn read_as(self, reading: Reading) -> Self {
+        Self { reading, ..self }
     }
 
     /// The whole answer.
@@ -76,13 +78,13 @@ impl ChatForm {
         output: &'a RequestOutput,
         sample: &'a CompletionOutput,
     ) -> ChatChoice<'a> {
-        let mut parser = self.parser();
-        let mut parts = parser.push(&sample.text, &sample.token_ids);
+        let mut parser = self.reading.parser();
+        let mut parts = parser.push(&sample.text);
         parts.extend(parser.finish());
         let called = parts.iter().any(is_call);
         ChatChoice {
             index: sample.index,
-            message: parse::message(parts),
+            message: parse::message(parts, || state.new_id("call_")),
             logprobs: sample.logprobs.as_deref().and_then(|rows| self.shown_logprobs(state, rows)),
             finish_reason: sample.finish_reason.map(|reason| finish_reason(reason, called)),
             stop_reason: sample.stop_reason.as_ref(),
@@ -120,10 +122,6 @@ impl ChatForm {
     }
 }
 
-fn is_call(part: &Part) -> bool {
-    matches!(part, Part::Call { .. })
-}
-
 fn finish_reason(reason: FinishReason, called: bool) -> &'static str {
     match reason {
         FinishReason::Stop if called => "tool_calls",
@@ -143,7 +141,7 @@ pub(crate) struct Answers {
 }
 
 struct Sample {
-    parser: Box<dyn DeltaParser>,
+    parser: AnswerParser,
     called: bool,
 }
 
@@ -176,7 +174,7 @@ impl Answers {
         if self.samples.len() <= index {
             self.samples.resize_with(index + 1, || None);
         }
-        self.samples[index] = Some(Sample { parser: self.form.parser(), called: false });
+        self.samples[index] = Some(Sample { parser: self.form.reading.parser(), called: false });
     }
 }
 
@@ -188,7 +186,7 @@ impl Encoder for Answers {
         }
         let Self { state, form, options, samples } = self;
         let sample = samples[index].as_mut().expect("it has begun");
-        let mut parts = sample.parser.push(&chunk.text, &chunk.token_ids);
+        let mut parts = sample.parser.push(&chunk.text);
         if chunk.finish_reason.is_some() {
             parts.extend(sample.parser.finish());
         }
@@ -199,7 +197,7 @@ impl Encoder for Answers {
         }
         let choice = ChunkChoice {
             index: chunk.index,
-            delta: parse::delta(parts),
+            delta: parse::delta(parts, || state.new_id("call_")),
             logprobs,
             finish_reason: chunk.finish_reason.map(|reason| finish_reason(reason, sample.called)),
             stop_reason: chunk.stop_reason.as_ref().map(Cow::Borrowed),

@@ -3,6 +3,9 @@
 mod answer;
 mod parse;
 mod prompt;
+mod tools;
 
 pub(crate) use answer::{Answers, ChatForm};
+pub(crate) use parse::Reading;
 pub(crate) use prompt::{ChatPrompt, render_options};
+pub(crate) use tools::{Formats, Offer};

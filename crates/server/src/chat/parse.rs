@@ -1,71 +1,54 @@
-//! The stage between an answer's text and the parts of a message: here reasoning and tool calls are taken out.
+//! The stage between an answer's text and the parts of a message: reasoning and tool calls are taken out.
+
+use bitfast_llm::{AnswerParser, AnswerPart, LLM, Thinking, ToolFormat, ToolParser};
 
 use crate::api::chat::{AnswerMessage, Delta, FunctionCall, FunctionDelta, ToolCall, ToolCallDelta};
 
-/// A piece of a message.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
-    /// More of the answer.
-    Content(String),
-    /// More of the thought.
-    #[expect(dead_code, reason = "the plain stage has no reasoning")]
-    Reasoning(String),
-    /// Call number `index` begins.
-    #[expect(dead_code, reason = "the plain stage has no calls")]
-    Call {
-        /// From 0.
-        index: u32,
-        /// `call_...`.
-        id: String,
-        /// The function.
-        name: String,
-    },
-    /// More arguments of call number `index`.
-    #[expect(dead_code, reason = "the plain stage has no calls")]
-    Arguments {
-        /// From 0.
-        index: u32,
-        /// JSON text.
-        text: String,
-    },
+/// How the answers to one request are read.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reading {
+    /// Where thoughts are, for models that have any.
+    pub thinking: Option<Thinking>,
+    /// How tools are called, and which there are; `None`: no call is looked for.
+    pub tools: Option<(ToolFormat, Vec<String>)>,
 }
 
-/// Cuts one sample's text into parts, as it comes. However the text is cut into pushes, the parts join to the
-/// same message.
-pub(crate) trait DeltaParser: Send {
-    /// Takes in more text with the tokens that it came from.
-    fn push(&mut self, text: &str, token_ids: &[u32]) -> Vec<Part>;
-    /// What is left at the end.
-    fn finish(&mut self) -> Vec<Part>;
-}
-
-/// All text is the answer.
-pub(crate) struct Plain;
-
-impl DeltaParser for Plain {
-    fn push(&mut self, text: &str, _: &[u32]) -> Vec<Part> {
-        vec![Part::Content(text.to_owned())]
+impl Reading {
+    /// Whether the tags of calls are special tokens of this model, which must be shown to be read.
+    pub fn needs_special(&self, llm: &LLM) -> bool {
+        let tags = self.tools.as_ref().map(|(format, _)| format.tags()).unwrap_or_default();
+        let is_special =
+            |tag: &&str| llm.tokenizer().is_some_and(|t| t.token_id(tag).is_some_and(|id| t.is_special(id)));
+        tags.iter().any(is_special)
     }
 
-    fn finish(&mut self) -> Vec<Part> {
-        Vec::new()
+    /// For one sample.
+    pub fn parser(&self) -> AnswerParser {
+        let tools =
+            self.tools.as_ref().map(|(format, names)| ToolParser::new(*format, names.iter().cloned()));
+        AnswerParser::new(self.thinking, tools)
     }
 }
 
-/// Parts as one delta.
-pub(crate) fn delta(parts: Vec<Part>) -> Delta {
+/// Whether a call begins.
+pub(crate) fn is_call(part: &AnswerPart) -> bool {
+    matches!(part, AnswerPart::Call { .. })
+}
+
+/// Parts as one delta; `new_id` names calls.
+pub(crate) fn delta(parts: Vec<AnswerPart>, new_id: impl Fn() -> String) -> Delta {
     let mut delta = Delta::default();
     for part in parts {
         match part {
-            Part::Content(text) => delta.content.get_or_insert_default().push_str(&text),
-            Part::Reasoning(text) => delta.reasoning_content.get_or_insert_default().push_str(&text),
-            Part::Call { index, id, name } => delta.tool_calls.push(ToolCallDelta {
+            AnswerPart::Content(text) => delta.content.get_or_insert_default().push_str(&text),
+            AnswerPart::Reasoning(text) => delta.reasoning_content.get_or_insert_default().push_str(&text),
+            AnswerPart::Call { index, name } => delta.tool_calls.push(ToolCallDelta {
                 index,
-                id: Some(id),
+                id: Some(new_id()),
                 r#type: Some("function"),
                 function: FunctionDelta { name: Some(name), arguments: Some(String::new()) },
             }),
-            Part::Arguments { index, text } => {
+            AnswerPart::Arguments { index, text } => {
                 match delta.tool_calls.last_mut().filter(|call| call.index == index) {
                     Some(call) => call.function.arguments.get_or_insert_default().push_str(&text),
                     None => delta.tool_calls.push(ToolCallDelta {
@@ -80,24 +63,27 @@ pub(crate) fn delta(parts: Vec<Part>) -> Delta {
     delta
 }
 
-/// Parts as a whole message.
-pub(crate) fn message(parts: Vec<Part>) -> AnswerMessage {
+/// Parts as a whole message; `new_id` names calls.
+pub(crate) fn message(parts: Vec<AnswerPart>, new_id: impl Fn() -> String) -> AnswerMessage {
     let mut message = AnswerMessage { role: "assistant", ..AnswerMessage::default() };
     for part in parts {
         match part {
-            Part::Content(text) => message.content.get_or_insert_default().push_str(&text),
-            Part::Reasoning(text) => message.reasoning_content.get_or_insert_default().push_str(&text),
-            Part::Call { id, name, .. } => message.tool_calls.push(ToolCall {
-                id,
+            AnswerPart::Content(text) => message.content.get_or_insert_default().push_str(&text),
+            AnswerPart::Reasoning(text) => message.reasoning_content.get_or_insert_default().push_str(&text),
+            AnswerPart::Call { name, .. } => message.tool_calls.push(ToolCall {
+                id: new_id(),
                 r#type: "function",
                 function: FunctionCall { name, arguments: String::new() },
             }),
-            Part::Arguments { index, text } => {
+            AnswerPart::Arguments { index, text } => {
                 if let Some(call) = message.tool_calls.get_mut(index as usize) {
                     call.function.arguments.push_str(&text);
                 }
             }
         }
+    }
+    if message.tool_calls.is_empty() && message.reasoning_content.is_none() {
+        message.content.get_or_insert_default();
     }
     message
 }

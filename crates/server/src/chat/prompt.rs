@@ -3,9 +3,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bitfast_llm::{ChatMessage, PromptEnd, RenderOptions, UnixTime};
 use serde_json::{Map, Value};
 
+use super::tools::Offer;
 use crate::api::chat::ChatFields;
 use crate::error::ApiError;
-use crate::state::ServerConfig;
 
 /// A conversation, ready to be rendered.
 pub(crate) struct ChatPrompt {
@@ -42,12 +42,11 @@ pub(crate) fn render_options(
 
 impl ChatPrompt {
     /// What the request asks for.
-    pub fn new(fields: &ChatFields, config: &ServerConfig) -> Result<Self, ApiError> {
+    pub fn new(fields: &ChatFields, offer: &Offer) -> Result<Self, ApiError> {
         if fields.chat_template.is_some() {
             let message = "chat_template: not taken from requests; start the server with --chat-template";
             return Err(ApiError::invalid("chat_template", message));
         }
-        check_tool_choice(fields, config)?;
         let mut kwargs = fields.chat_template_kwargs.clone().unwrap_or_default();
         if let Some(effort) = &fields.reasoning_effort {
             kwargs.entry("reasoning_effort").or_insert_with(|| effort.clone().into());
@@ -56,7 +55,7 @@ impl ChatPrompt {
             fields.add_generation_prompt,
             fields.continue_final_message,
             Some(kwargs),
-            fields.tools.clone(),
+            Some(offer.shown()),
         )?;
         options.documents = fields.documents.clone().unwrap_or_default();
         Ok(Self {
@@ -65,26 +64,4 @@ impl ChatPrompt {
             add_special: fields.add_special_tokens.unwrap_or(false),
         })
     }
-}
-
-fn check_tool_choice(fields: &ChatFields, config: &ServerConfig) -> Result<(), ApiError> {
-    let refuse = |message: &str| Err(ApiError::invalid("tool_choice", format!("tool_choice: {message}")));
-    let has_tools = fields.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    match &fields.tool_choice {
-        None | Some(Value::Null) if !has_tools => Ok(()),
-        Some(Value::String(choice)) if choice == "none" => Ok(()),
-        Some(_) if !has_tools => refuse("only allowed with tools"),
-        None | Some(Value::Null) => auto(config),
-        Some(Value::String(choice)) if choice == "auto" => auto(config),
-        Some(_) => refuse("only none and auto are supported"),
-    }
-}
-
-fn auto(config: &ServerConfig) -> Result<(), ApiError> {
-    if config.enable_auto_tool_choice && config.tool_call_parser.is_some() {
-        return Ok(());
-    }
-    let message =
-        "tool_choice: auto needs a server started with --enable-auto-tool-choice and --tool-call-parser";
-    Err(ApiError::invalid("tool_choice", message))
 }

@@ -7,9 +7,11 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 
+use bitfast_llm::Thinking;
+
 use crate::api::chat::{ChatCompletion, ChatFields};
 use crate::api::common::CommonFields;
-use crate::chat::{Answers, ChatForm, ChatPrompt};
+use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, Reading};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::generate::{EventStream, Job, Running};
@@ -41,10 +43,17 @@ pub(crate) async fn chat(
     let open_end = CommonFields::open_end(state.llm.generation_config());
     params.max_tokens = Some(fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(open_end));
     params.logprobs = form.logprobs();
-    crate::structured::apply(&common, &mut params)?;
     let rank = prompts::rank(&headers)?;
-    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &state.config)?;
-    let prompt = prompts::encode_chat(&state, messages, options, add_special).await?;
+    let formats = &state.formats;
+    let offer = Offer::new(&fields, formats)?;
+    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
+    let (prompt, text) = prompts::encode_chat(&state, messages, options, add_special).await?;
+    let thinking = formats.thinks.then(|| Thinking::after(&text));
+    let demanded = offer.demand(formats, thinking);
+    crate::structured::apply(&state, &common, demanded, thinking, &mut params).await?;
+    let reading = Reading { thinking, tools: offer.reading(formats) };
+    params.skip_special_tokens &= !reading.needs_special(&state.llm);
+    let form = form.read_as(reading);
     let named = |error: ApiError| error.renamed("logprobs", "top_logprobs").renamed("prompt", "messages");
     let mut running = Running::start(&state, Job { prompts: vec![prompt], params, rank }).map_err(named)?;
     if let Some(options) = stream {

@@ -7,7 +7,8 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use bitfast_llm::{ChatMessage, Chunk, FinishReason, SamplingParams};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::api::chat::TokenEntry;
 use crate::api::common::{CommonFields, Usage};
@@ -53,7 +54,7 @@ pub(crate) async fn respond(
     let form = Form::new(&state, &request, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, None)?;
     let named = |error: ApiError| error.renamed("messages", "input").renamed("prompt", "input");
-    let prompt = prompts::encode_chat(&state, messages, options, false).await.map_err(named)?;
+    let (prompt, _) = prompts::encode_chat(&state, messages, options, false).await.map_err(named)?;
     let running = Running::start(&state, Job { prompts: vec![prompt], params, rank });
     let mut running = running.map_err(|e| named(e).renamed("logprobs", "top_logprobs"))?;
     if request.stream.unwrap_or(false) {
@@ -214,56 +215,84 @@ struct Narration {
     begun: bool,
 }
 
+/// One event: its type, its number, and what it tells. Written from types, since floats that pass through a JSON
+/// value would be longer than fp32 needs.
+#[derive(Serialize)]
+struct Told<'a, T> {
+    r#type: &'a str,
+    sequence_number: u64,
+    #[serde(flatten)]
+    what: T,
+}
+
+#[derive(Serialize)]
+struct TheResponse<'a> {
+    response: &'a ResponseObject,
+}
+
+#[derive(Serialize)]
+struct TheItem<'a> {
+    output_index: u32,
+    item: &'a OutputMessage,
+}
+
+/// Something about the only text there is.
+#[derive(Serialize)]
+struct OfText<'a, T> {
+    item_id: &'a str,
+    output_index: u32,
+    content_index: u32,
+    #[serde(flatten)]
+    what: T,
+}
+
+#[derive(Serialize)]
+struct ThePart<'a> {
+    part: &'a OutputText,
+}
+
+#[derive(Serialize)]
+struct TheText<'a> {
+    text: &'a str,
+    logprobs: &'a [TokenEntry],
+}
+
+#[derive(Serialize)]
+struct TheDelta<'a> {
+    delta: &'a str,
+    logprobs: Vec<TokenEntry>,
+}
+
+#[derive(Serialize)]
+struct TheError<'a> {
+    code: &'static str,
+    message: &'a str,
+    param: Option<&'a str>,
+}
+
 impl Narration {
-    /// One event; `fields` beside its type and number.
-    fn tell(&mut self, kind: &str, fields: Value, out: &mut Events) {
-        let mut event = Map::new();
-        event.insert("type".to_owned(), kind.into());
-        event.insert("sequence_number".to_owned(), self.sequence.into());
-        if let Value::Object(fields) = fields {
-            event.extend(fields);
-        }
+    fn tell(&mut self, kind: &str, what: impl Serialize, out: &mut Events) {
+        out.named(kind, &Told { r#type: kind, sequence_number: self.sequence, what });
         self.sequence += 1;
-        out.named(kind, &event);
+    }
+
+    fn tell_of_text(&mut self, kind: &str, what: impl Serialize, out: &mut Events) {
+        let item_id = &self.form.message_id.clone();
+        self.tell(kind, OfText { item_id, output_index: 0, content_index: 0, what }, out);
     }
 
     fn begin(&mut self, out: &mut Events) {
         if std::mem::replace(&mut self.begun, true) {
             return;
         }
-        let base = self.form.base.clone();
-        self.tell("response.created", json!({ "response": base }), out);
-        self.tell("response.in_progress", json!({ "response": base }), out);
-        let item = self.form.message("in_progress", Vec::new());
-        self.tell("response.output_item.added", json!({ "output_index": 0, "item": item }), out);
-        let part = text_part(String::new(), Vec::new());
-        let place = self.place();
-        self.tell("response.content_part.added", joined(place, json!({ "part": part })), out);
+        let response = &self.form.base.clone();
+        self.tell("response.created", TheResponse { response }, out);
+        self.tell("response.in_progress", TheResponse { response }, out);
+        let item = &self.form.message("in_progress", Vec::new());
+        self.tell("response.output_item.added", TheItem { output_index: 0, item }, out);
+        let part = &text_part(String::new(), Vec::new());
+        self.tell_of_text("response.content_part.added", ThePart { part }, out);
     }
-
-    /// Where the only text is.
-    fn place(&self) -> Value {
-        json!({ "item_id": self.form.message_id, "output_index": 0, "content_index": 0 })
-    }
-}
-
-fn joined(mut place: Value, fields: Value) -> Value {
-    if let (Value::Object(place), Value::Object(fields)) = (&mut place, fields) {
-        place.extend(fields);
-    }
-    place
-}
-
-/// A delta is written from its types: floats that pass through a `Value` would be longer than fp32 needs.
-#[derive(serde::Serialize)]
-struct TextDelta<'a> {
-    r#type: &'static str,
-    sequence_number: u64,
-    item_id: &'a str,
-    output_index: u32,
-    content_index: u32,
-    delta: &'a str,
-    logprobs: Vec<TokenEntry>,
 }
 
 impl Encoder for Narration {
@@ -273,40 +302,27 @@ impl Encoder for Narration {
         if chunk.text.is_empty() && logprobs.is_empty() {
             return;
         }
-        let kind = "response.output_text.delta";
-        out.named(
-            kind,
-            &TextDelta {
-                r#type: kind,
-                sequence_number: self.sequence,
-                item_id: &self.form.message_id,
-                output_index: 0,
-                content_index: 0,
-                delta: &chunk.text,
-                logprobs,
-            },
-        );
-        self.sequence += 1;
+        self.tell_of_text("response.output_text.delta", TheDelta { delta: &chunk.text, logprobs }, out);
     }
 
     fn end(&mut self, running: &Running, out: &mut Events) {
         self.begin(out);
-        let response = self.form.ended(&self.state, running);
-        let (item, place) = (response.output[0].clone(), self.place());
-        let part = item.content[0].clone();
-        let text = joined(place.clone(), json!({ "text": part.text, "logprobs": [] }));
-        self.tell("response.output_text.done", text, out);
-        self.tell("response.content_part.done", joined(place, json!({ "part": part })), out);
-        self.tell("response.output_item.done", json!({ "output_index": 0, "item": item }), out);
+        let response = &self.form.ended(&self.state, running);
+        let item = &response.output[0];
+        let part = &item.content[0];
+        let text = TheText { text: &part.text, logprobs: &part.logprobs };
+        self.tell_of_text("response.output_text.done", text, out);
+        self.tell_of_text("response.content_part.done", ThePart { part }, out);
+        self.tell("response.output_item.done", TheItem { output_index: 0, item }, out);
         let kind = match response.status {
             "completed" => "response.completed",
             _ => "response.incomplete",
         };
-        self.tell(kind, json!({ "response": response }), out);
+        self.tell(kind, TheResponse { response }, out);
     }
 
     fn failure(&mut self, error: &ApiError, out: &mut Events) {
-        let fields = json!({ "message": error.message, "code": "server_error", "param": error.param });
-        self.tell("error", fields, out);
+        let param = error.param.as_deref();
+        self.tell("error", TheError { code: "server_error", message: &error.message, param }, out);
     }
 }

@@ -38,7 +38,7 @@ pub(crate) async fn tokenize(
                 request.tools,
             )?;
             let add_special = request.add_special_tokens.unwrap_or(false);
-            prompts::encode_chat(&state, messages, options, add_special).await?
+            prompts::encode_chat(&state, messages, options, add_special).await?.0
         }
         _ => return Err(ApiError::invalid("prompt", "prompt: give either prompt or messages")),
     };

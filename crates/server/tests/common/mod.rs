@@ -17,7 +17,7 @@ use bitfast_llm::{EngineArgs, LLM, LoadFormat, Tokenizer};
 use bitfast_server::{ServeError, Server, ServerConfig, Stop};
 use bitfast_testkit::sim::{FakeRunner, Fault};
 
-pub use http::{Client, Reply};
+pub use http::Client;
 
 /// A server on a thread of its own. Dropping it stops it.
 pub struct Running {
@@ -96,10 +96,11 @@ impl Runner for Levered {
     }
 }
 
-/// The fake model of the simulator: tokens are hashes of their prefix.
+/// The fake model of the simulator: tokens are hashes of their prefix. Its context has 1024 tokens.
 pub fn fake(levers: &Levers, config: EngineConfig) -> LLM {
     let rows = config.max_num_batched_tokens;
-    let inner = FakeRunner::new(16, 4096, 1024, rows, rows, Fault::None);
+    let context = config.max_model_len.unwrap_or(1024);
+    let inner = FakeRunner::new(16, 4096, context, rows, rows, Fault::None);
     let runner = Levered { inner, levers: levers.clone() };
     let engine = Engine::new(runner, config, Arc::new(SystemClock::new())).unwrap();
     let tokenizer = Tokenizer::from_dir(&bytes_tokenizer()).unwrap();
