@@ -4,6 +4,8 @@
 // Macros: N K LEAVES TREE LOGITS
 extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__ x, const bf16* __restrict__ w, void* __restrict__ y, int tokens) {
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    launch_dependents();
+    wait_for_producers();
     const int n0 = blockIdx.x * 16;
     const long m0 = (long)blockIdx.y * 8;
     auto pair = [](const bf16* p, bool row_exists, int k) -> u32 {

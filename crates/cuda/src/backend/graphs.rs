@@ -30,7 +30,7 @@ pub(super) struct GraphKey {
     pub splits: usize,
 }
 
-/// Captured sequences. (Never iterated.)
+/// Captured sequences; never iterated.
 #[derive(Default)]
 pub(super) struct Graphs {
     captured: HashMap<GraphKey, State>,
