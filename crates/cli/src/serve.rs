@@ -90,13 +90,14 @@ pub struct LimitFlags {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Chat")]
 pub struct ChatFlags {
-    /// Let the model decide whether it calls a tool
+    /// Accepted: the model decides whether it calls a tool wherever its calls can be read
     #[arg(long)]
     pub enable_auto_tool_choice: bool,
-    /// How the model writes tool calls
+    /// How the model writes tool calls: hermes, llama3_json, deepseek_v3, deepseek_v31, none, or auto, which is
+    /// as its chat template shows [default: auto]
     #[arg(long, value_name = "NAME")]
     pub tool_call_parser: Option<String>,
-    /// How the model marks its reasoning
+    /// How the model marks its reasoning: qwen3, deepseek_r1, none, or auto [default: auto]
     #[arg(long, value_name = "NAME")]
     pub reasoning_parser: Option<String>,
 }
@@ -136,7 +137,6 @@ fn server_config(args: &ServeArgs, llm: &LLM) -> ServerConfig {
     }
     config.shutdown_timeout = Duration::from_secs(args.http.shutdown_timeout);
     config.profile_dir.clone_from(&args.http.profile_dir);
-    config.enable_auto_tool_choice = args.chat.enable_auto_tool_choice;
     config.tool_call_parser.clone_from(&args.chat.tool_call_parser);
     config.reasoning_parser.clone_from(&args.chat.reasoning_parser);
     config
@@ -145,7 +145,7 @@ fn server_config(args: &ServeArgs, llm: &LLM) -> ServerConfig {
 impl From<ServeError> for Exit {
     fn from(error: ServeError) -> Self {
         match error {
-            ServeError::Bind { .. } => Self::User(error.to_string()),
+            ServeError::Bind { .. } | ServeError::Config(_) => Self::User(error.to_string()),
             ServeError::Start(_) | ServeError::EngineDied(_) => Self::Ours(error.to_string()),
         }
     }
