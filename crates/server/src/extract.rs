@@ -56,7 +56,7 @@ impl JsonBody {
             // Numbers that fit no type and keys that are no numbers are valid JSON, whatever serde_json says.
             let is_value =
                 ["number out of range", "expected key to be a number"].iter().any(|m| message.contains(m));
-            if !inner.is_data() && !(is_value && path != ".") {
+            if !(inner.is_data() || is_value && path != ".") {
                 return ApiError::new(ErrorKind::Malformed, format!("the body is not valid JSON: {message}"));
             }
             let param = match path.as_str() {

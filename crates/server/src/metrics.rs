@@ -145,6 +145,8 @@ struct Page<'a> {
 
 type Figure = fn(&EngineStats) -> f64;
 
+type Values = fn(&EngineMetrics) -> &Histogram;
+
 /// Name, help and figure of each gauge.
 const GAUGES: &[(&str, &str, Figure)] = &[
     ("vllm:num_requests_running", "Requests with a sequence in the batch.", |s| s.running as f64),
@@ -166,7 +168,7 @@ const COUNTERS: &[(&str, &str, Figure)] = &[
     ("bitfast:requests_failed_total", "Requests that failed.", |s| s.failed as f64),
 ];
 
-const HISTOGRAMS: &[(&str, &str, fn(&EngineMetrics) -> &Histogram)] = &[
+const HISTOGRAMS: &[(&str, &str, Values)] = &[
     ("vllm:time_to_first_token_seconds", "From submission to the first token.", |m| &m.time_to_first_token),
     ("vllm:inter_token_latency_seconds", "Between tokens of a sample.", |m| &m.inter_token_latency),
     ("vllm:e2e_request_latency_seconds", "From submission to the end.", |m| &m.e2e_latency),
