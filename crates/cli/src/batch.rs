@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::exit::{Exit, Outcome};
 use crate::flags::RunArgs;
-use crate::progress;
 use crate::prompts_file::{self, Answers, PromptLine};
+use crate::{progress, trace};
 
 /// Answers the lines that have no answer yet; lines that cannot be answered are reported and make code 2.
 pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
@@ -32,6 +32,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
         eprintln!("{skipped} of {total} prompts are answered already");
     }
 
+    let _trace = trace::begin(&llm, "run", quiet)?;
     let bar = progress::bar(total as u64, "prompts", quiet);
     bar.inc(skipped as u64);
     let (mut tokens, mut refused) = (0, 0);

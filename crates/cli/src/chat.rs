@@ -5,8 +5,8 @@ use rustyline::error::ReadlineError;
 
 use crate::exit::{Exit, Outcome};
 use crate::flags::RunArgs;
-use crate::progress;
 use crate::run::stream_chat;
+use crate::{progress, trace};
 
 const HELP: &str = "/reset forgets the conversation, /exit (or Ctrl-D) ends; Ctrl-C breaks off an answer";
 
@@ -36,6 +36,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         eprintln!("{HELP}");
     }
     let mut messages = beginning(args);
+    let _trace = trace::begin(&llm, "chat", args.engine.quiet)?;
     loop {
         let line = match editor.readline("> ") {
             Ok(line) => line,

@@ -236,6 +236,14 @@ pub struct EngineFlags {
     /// fcfs or priority
     #[arg(long, value_name = "POLICY", default_value_t)]
     pub scheduling_policy: SchedulingPolicy,
+    /// Folder for the profiler's traces (Chrome-trace JSON); run and bench record all that they do
+    #[arg(
+        long,
+        value_name = "DIR",
+        alias = "profiler-config.torch_profiler_dir",
+        alias = "profiler-config.torch-profiler-dir"
+    )]
+    pub profile_dir: Option<PathBuf>,
     /// Give up the bitwise law: an honest baseline, whose bits may depend on the batch
     #[arg(long)]
     pub no_batch_invariant: bool,
@@ -273,6 +281,7 @@ impl EngineFlags {
         args.enable_prefix_caching = !self.no_enable_prefix_caching;
         args.enable_chunked_prefill = !self.no_enable_chunked_prefill;
         args.scheduling_policy = self.scheduling_policy;
+        args.profile_dir.clone_from(&self.profile_dir);
         if self.no_batch_invariant {
             args.batch_invariant = false;
         }

@@ -14,6 +14,7 @@ mod pull;
 mod run;
 mod selfcheck;
 mod serve;
+mod trace;
 mod verify;
 
 use std::process::ExitCode;

@@ -6,7 +6,7 @@ use bitfast::{ChatMessage, LLM, PositionLogprobs, Prompt, Request, RequestOutput
 
 use crate::exit::{Exit, Outcome};
 use crate::flags::RunArgs;
-use crate::{batch, chat, interrupt, progress};
+use crate::{batch, chat, interrupt, progress, trace};
 
 /// Decides which of its forms was asked for.
 pub fn run(args: &RunArgs) -> Outcome {
@@ -28,6 +28,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     let llm = progress::start(engine_args, args.engine.quiet)?;
     let prompt = if args.chat { Prompt::Chat(conversation(args, text)) } else { Prompt::Text(text) };
     let params = args.sampling.to_params(llm.generation_config().temperature);
+    let _trace = trace::begin(&llm, "run", args.engine.quiet)?;
     answer(&llm, Request::new(prompt, params), args.json)
 }
 

@@ -1,6 +1,5 @@
 //! `bitfast serve`: the OpenAI-compatible server.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bitfast::{EngineArgs, LLM};
@@ -46,14 +45,6 @@ pub struct HttpFlags {
     /// How long live requests may go on after SIGTERM or Ctrl-C before they are aborted
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub shutdown_timeout: u64,
-    /// Folder for the profiler's traces
-    #[arg(
-        long,
-        value_name = "DIR",
-        visible_alias = "profiler-config.torch_profiler_dir",
-        alias = "profiler-config.torch-profiler-dir"
-    )]
-    pub profile_dir: Option<PathBuf>,
     /// Accepted: there is one profiler
     #[arg(long = "profiler-config.profiler", value_name = "NAME", hide = true)]
     pub profiler: Option<String>,
@@ -136,7 +127,7 @@ fn server_config(args: &ServeArgs, llm: &LLM) -> ServerConfig {
         config.api_keys.extend(bitfast::env::API_KEY.get().map(|(_, key)| key));
     }
     config.shutdown_timeout = Duration::from_secs(args.http.shutdown_timeout);
-    config.profile_dir.clone_from(&args.http.profile_dir);
+    config.profile_dir.clone_from(&args.engine.profile_dir);
     config.tool_call_parser.clone_from(&args.chat.tool_call_parser);
     config.reasoning_parser.clone_from(&args.chat.reasoning_parser);
     config

@@ -1,8 +1,8 @@
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use bitfast_ops::{
     AttnDesc, Backend, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout, LinearDesc, LinearKind,
-    NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow,
+    NormDesc, OpObserver, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow,
 };
 
 use crate::attention::attention;
@@ -152,6 +152,10 @@ impl Backend for CpuBackend {
         self.workers.release();
     }
 
+    fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        self.workers.set_observer(observer);
+    }
+
     fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
         self.workers.pin_caller();
         self.batch.clone_from(batch);
@@ -159,6 +163,7 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, table: &Weight, out: &mut Tensor) -> Result<()> {
+        let _op = self.workers.op(format_args!("embed"));
         assert_ne!(table.desc().kind, LinearKind::GateUp, "{} is no embedding table", table.desc().name);
         let out = out.view_mut();
         self.for_rows(out.cols(), |batch, _, row| {
@@ -169,6 +174,7 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&mut self, x: &Tensor, w: &Param, desc: NormDesc, out: &mut Tensor) -> Result<()> {
+        let _op = self.workers.op(format_args!("rms_norm"));
         let (w, out) = (w.norm(desc, x.cols()), out.view_mut());
         self.for_rows(x.cols(), |_, isa, row| {
             // SAFETY: each row is written once.
@@ -185,6 +191,7 @@ impl Backend for CpuBackend {
         desc: NormDesc,
         out: &mut Tensor,
     ) -> Result<()> {
+        let _op = self.workers.op(format_args!("add_rms_norm"));
         let (w, residual, out) = (w.norm(desc, delta.cols()), residual.view_mut(), out.view_mut());
         self.for_rows(delta.cols(), |_, isa, row| {
             // SAFETY: each row of both is touched by one thread.
@@ -196,6 +203,7 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let desc = w.desc();
+        let _op = self.workers.op(format_args!("linear {}", desc.name));
         assert!(
             matches!(desc.kind, LinearKind::Column | LinearKind::Row),
             "{} is {:?}",
@@ -209,6 +217,7 @@ impl Backend for CpuBackend {
 
     fn gate_up(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let desc = w.desc();
+        let _op = self.workers.op(format_args!("gate_up {}", desc.name));
         assert_eq!(desc.kind, LinearKind::GateUp, "{}", desc.name);
         assert_eq!(2 * out.cols(), desc.n, "output of {}", desc.name);
         let rows = self.batch.num_tokens();
@@ -224,15 +233,18 @@ impl Backend for CpuBackend {
         kv: &mut Kv,
         q_out: &mut Tensor,
     ) -> Result<()> {
+        let _op = self.workers.op(format_args!("qkv_prep layer {}", desc.layer));
         crate::qkv::qkv_prep(&mut self.workers, &self.batch, desc, qkv, norms, rope.rope_table(), kv, q_out);
         Ok(())
     }
 
     fn attention(&mut self, desc: AttnDesc, q: &Tensor, kv: &Kv, out: &mut Tensor) -> Result<()> {
+        let _op = self.workers.op(format_args!("attention layer {}", desc.layer));
         attention(&mut self.workers, &self.batch, desc, q, kv, out.view_mut())
     }
 
     fn select_logit_rows(&mut self, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let _op = self.workers.op(format_args!("select_logit_rows"));
         for (i, row) in self.batch.logit_rows.iter().enumerate() {
             out.row_mut(i).copy_from_slice(x.row(*row as usize));
         }
@@ -241,6 +253,7 @@ impl Backend for CpuBackend {
 
     fn logits(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let desc = w.desc();
+        let _op = self.workers.op(format_args!("logits {}", desc.name));
         assert_eq!(desc.kind, LinearKind::Vocab, "{}", desc.name);
         assert_eq!(out.cols(), desc.n, "output of {}", desc.name);
         let rows = self.batch.logit_rows.len();
@@ -251,6 +264,7 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
+        let _op = self.workers.op(format_args!("sample"));
         // A logit row that several requests read is copied for each: sampling overwrites it.
         let mut readers = vec![0u32; rows.iter().map(|r| r.logit_row as usize + 1).max().unwrap_or(0)];
         rows.iter().for_each(|r| readers[r.logit_row as usize] += 1);

@@ -1,7 +1,9 @@
 use std::cell::UnsafeCell;
+use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
-use bitfast_ops::{Class, Result};
+use bitfast_ops::{Class, OpId, OpObserver, OpSpan, Result};
 
 use crate::Isa;
 use crate::memory::Memory;
@@ -20,6 +22,9 @@ pub(crate) struct Workers {
     pub widened: Buffer,
     /// Results of attention splits, shared by all threads of an op.
     pub partials: Buffer,
+    observer: Option<Arc<dyn OpObserver>>,
+    /// What the threads work on, for the observer.
+    op: OpId,
 }
 
 /// One thread's scratch memory; only that thread touches it while a job runs.
@@ -38,6 +43,8 @@ impl Workers {
             scratch,
             widened: Buffer::default(),
             partials: Buffer::default(),
+            observer: None,
+            op: OpId(0),
         }
     }
 
@@ -48,6 +55,21 @@ impl Workers {
     /// Keeps the calling thread, which runs the steps, on the pool's first core.
     pub fn pin_caller(&mut self) {
         self.pool.pin_caller();
+    }
+
+    /// Tells `observer` what each thread does from now on.
+    pub fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        for thread in 0..self.threads() {
+            observer.iter().for_each(|o| o.lane(thread, &format!("CPU thread {thread}")));
+        }
+        self.observer = observer;
+    }
+
+    /// The caller runs an op until the span is dropped.
+    pub fn op(&mut self, name: fmt::Arguments<'_>) -> Option<OpSpan> {
+        let observer = self.observer.as_ref()?;
+        self.op = observer.op(name);
+        Some(OpSpan::begin(Arc::clone(observer), 0, self.op))
     }
 
     /// Makes every thread's scratch at least `bytes` long.
@@ -76,7 +98,13 @@ impl Workers {
             return job(slot(0), &mut (0..total));
         }
         let items = Items::split(total, self.pool.threads());
-        self.pool.run(|thread| job(slot(thread), &mut items.claim(thread)));
+        let (observer, op) = (self.observer.as_ref(), self.op);
+        self.pool.run(|thread| {
+            // The caller's part lies in the op's own span.
+            let observer = observer.filter(|_| thread > 0);
+            let _span = observer.map(|observer| OpSpan::begin(Arc::clone(observer), thread, op));
+            job(slot(thread), &mut items.claim(thread));
+        });
     }
 
     /// The same over `0..total` in pieces of neighbouring items, `SMALL` or more of `cost` each.

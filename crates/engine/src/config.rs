@@ -2,6 +2,7 @@ use bitfast_ops::Class;
 use bitfast_ops::contract::NUMERICS_VERSION;
 use bitfast_scheduler::Policy;
 
+use crate::profile::ProfileConfig;
 use crate::sleep::SleepLevel;
 
 /// Most samples (`n`) of one request.
@@ -42,6 +43,8 @@ pub struct EngineConfig {
     pub step_records: usize,
     /// Which of the data-parallel engines this is, from 0.
     pub rank: usize,
+    /// The profiler's traces.
+    pub profile: ProfileConfig,
 }
 
 impl Default for EngineConfig {
@@ -61,6 +64,7 @@ impl Default for EngineConfig {
             cache_key: [0, 0],
             step_records: 4096,
             rank: 0,
+            profile: ProfileConfig::default(),
         }
     }
 }

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use bitfast_ops::OpObserver;
 use bitfast_scheduler::{ConfigError, Limits, Scheduler, SchedulerConfig, SeqId};
 
 use crate::clock::Clock;
@@ -9,6 +10,7 @@ use crate::config::{EngineConfig, EngineInfo};
 use crate::handle::EngineHandle;
 use crate::live::{Live, Place};
 use crate::prepare::Prepared;
+use crate::profile::Recorder;
 use crate::request::{Event, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
 use crate::shared::{Command, Life, RequestKey, Shared, Submission};
@@ -59,6 +61,8 @@ pub struct Engine<R: Runner> {
     /// Owner and sample index of each sequence in the scheduler.
     pub(crate) owners: BTreeMap<SeqId, (RequestKey, u32)>,
     pub(crate) observer: Option<Box<dyn RowObserver>>,
+    /// The profiler, while it runs.
+    pub(crate) recorder: Option<Arc<Recorder>>,
     pub(crate) prepared: Prepared,
     /// Blocks whose content became garbage, when they are to be poisoned.
     pub(crate) discarded: Vec<u32>,
@@ -116,6 +120,7 @@ impl<R: Runner> Engine<R> {
             requests: BTreeMap::new(),
             owners: BTreeMap::new(),
             observer: None,
+            recorder: None,
             prepared: Prepared::default(),
             discarded: Vec::new(),
             seeds_drawn: 0,
@@ -251,6 +256,12 @@ impl<R: Runner> Engine<R> {
                 Command::Submit(submission) => self.take_up(*submission),
                 Command::Abort(key) => self.abort(key),
                 Command::ResetPrefixCache => self.scheduler.reset_prefix_cache(),
+                Command::Observe { recorder, done } => {
+                    self.runner.set_observer(recorder.clone().map(|r| r as Arc<dyn OpObserver>));
+                    self.recorder = recorder;
+                    // Who asked may not wait for it.
+                    let _ = done.send(());
+                }
             }
         }
         life

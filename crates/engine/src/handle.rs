@@ -42,6 +42,10 @@ impl EngineHandle {
         Self { shared }
     }
 
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// Checks and queues a request. Its events come through the stream; dropping the stream aborts it.
     ///
     /// A slow reader never stalls the engine: events are buffered, and there are at most

@@ -13,6 +13,7 @@ mod handle;
 mod live;
 mod model_runner;
 mod prepare;
+mod profile;
 mod request;
 mod runner;
 mod shared;
@@ -30,6 +31,7 @@ pub use engine::{Engine, EngineError, Step};
 pub use handle::{EngineHandle, Health, RequestGuard, RequestStream, Shutdown, TryEvent};
 pub use live::{forbid_next, row_params};
 pub use model_runner::ModelRunner;
+pub use profile::{MAX_PROFILE_PREFIX, ProfileConfig, ProfileError};
 pub use request::{
     EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
     TokenLogprobs,

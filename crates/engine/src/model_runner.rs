@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use bitfast_model::{Loaded, Model, PackedWeights};
-use bitfast_ops::{Backend, KvLayout, StepKey, contract};
+use bitfast_ops::{Backend, KvLayout, OpObserver, StepKey, contract};
 
 use crate::config::system_fingerprint;
 use crate::runner::{Readback, Runner, RunnerError, RunnerInfo, StepInputs, StepOutputs};
@@ -107,6 +107,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
             rows => backend.sample(model.logits(), rows)?,
         };
         Ok(StepOutputs { samples, logits })
+    }
+
+    fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        self.backend.set_observer(observer);
     }
 
     fn deepest_sleep(&self) -> SleepLevel {

@@ -1,5 +1,8 @@
+use std::sync::Arc;
+
+use bitfast_ops::{BackendError, BatchInputs, Class, OpObserver, RowSample, SampleRow};
+
 use crate::sleep::{RestoreError, SleepLevel};
-use bitfast_ops::{BackendError, BatchInputs, Class, RowSample, SampleRow};
 
 /// What computes steps: a model on a device, or a fake in tests.
 pub trait Runner: Send + 'static {
@@ -8,6 +11,11 @@ pub trait Runner: Send + 'static {
 
     /// Computes one step. An error ends the engine: the cache's content is unknown after it.
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError>;
+
+    /// Tells `observer` from now on what its lanes do, or nobody.
+    fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        let _ = observer;
+    }
 
     /// The deepest sleep that it supports; constant.
     fn deepest_sleep(&self) -> SleepLevel {

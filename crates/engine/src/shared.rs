@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::config::EngineInfo;
+use crate::profile::{Recorder, Recording};
 use crate::request::{EngineRequest, Event};
 use crate::sleep::Sleep;
 use crate::stats::{EngineStats, StepRing};
@@ -22,6 +23,11 @@ pub(crate) enum Command {
     Submit(Box<Submission>),
     Abort(RequestKey),
     ResetPrefixCache,
+    /// Records steps and ops from now on, or no longer; `done` is told.
+    Observe {
+        recorder: Option<Arc<Recorder>>,
+        done: mpsc::Sender<()>,
+    },
 }
 
 pub(crate) struct Submission {
@@ -63,6 +69,7 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     stats: Mutex<EngineStats>,
     steps: Mutex<StepRing>,
+    pub(crate) recording: Mutex<Option<Recording>>,
     /// Handles in existence; the engine ends when there are none.
     pub(crate) handles: AtomicUsize,
     pub(crate) clock: Arc<dyn Clock>,
@@ -85,6 +92,7 @@ impl Shared {
             changed: Condvar::new(),
             stats: Mutex::new(EngineStats { kv_blocks_total: info.num_blocks, ..EngineStats::default() }),
             steps: Mutex::new(StepRing::new(info.config.step_records)),
+            recording: Mutex::new(None),
             handles: AtomicUsize::new(0),
             clock,
             info,

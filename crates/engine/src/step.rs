@@ -1,6 +1,7 @@
 //! One step, from the scheduler's batch to the events.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::Duration;
 
 use bitfast_ops::{RowSample, SampleRow};
@@ -11,6 +12,7 @@ use crate::constraint::{Guide, refresh_all};
 use crate::engine::Engine;
 use crate::live::{Live, Place, token_logprobs};
 use crate::prepare::RowUse;
+use crate::profile::StepSpan;
 use crate::request::FinishReason;
 use crate::runner::{ObservedRow, Readback, Runner, RunnerError, StepInputs, StepOutputs};
 use crate::shared::RequestKey;
@@ -50,7 +52,7 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Duration), RunnerError> {
+    pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Range<Duration>), RunnerError> {
         let Self { prepared, scheduler, requests, owners, runner, .. } = self;
         prepared.fill(batch, scheduler, |part| {
             let (key, index) = owners[&part.seq];
@@ -84,9 +86,9 @@ impl<R: Runner> Engine<R> {
             .collect();
         let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
         let step = StepInputs { batch: &prepared.inputs, rows: &rows, poison: &self.discarded, readback };
-        let before = self.shared.clock.now();
+        let began = self.shared.clock.now();
         let outputs = runner.execute(&step)?;
-        let execute = self.shared.clock.now().saturating_sub(before);
+        let execute = began..self.shared.clock.now();
         assert_eq!(outputs.samples.len(), rows.len(), "the runner answered other rows");
         Ok((outputs, execute))
     }
@@ -223,7 +225,7 @@ impl<R: Runner> Engine<R> {
         leaving
     }
 
-    pub(crate) fn record(&mut self, batch: &Batch, start: Duration, execute: Duration) -> StepRecord {
+    pub(crate) fn record(&mut self, batch: &Batch, start: Duration, execute: Range<Duration>) -> StepRecord {
         let rows = |decode: bool| -> u32 {
             let of = |part: &&Part| (part.work == Work::Decode) == decode;
             batch.parts.iter().filter(of).map(|part| part.len).sum()
@@ -235,13 +237,18 @@ impl<R: Runner> Engine<R> {
             id: batch.step,
             start,
             duration: self.shared.clock.now().saturating_sub(start),
-            execute,
+            execute: execute.end.saturating_sub(execute.start),
             prefill_tokens: rows(false),
             decode_tokens: rows(true),
             seqs: batch.parts.len() as u32,
             waiting,
         };
         self.shared.steps().push(record);
+        if let Some(recorder) = &self.recorder {
+            let prefill_seqs = batch.parts.iter().filter(|part| part.work != Work::Decode).count() as u32;
+            let (running, kv_blocks) = (self.stats.running, self.stats.kv_blocks_used);
+            recorder.step(StepSpan { record, execute, prefill_seqs, running, kv_blocks });
+        }
         record
     }
 }

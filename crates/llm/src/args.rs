@@ -72,6 +72,8 @@ pub struct EngineArgs {
     pub batch_invariant: bool,
     /// Most `logprobs` that a request may ask for.
     pub max_logprobs: u32,
+    /// Folder for the profiler's traces; none: there is no profiler.
+    pub profile_dir: Option<PathBuf>,
 }
 
 impl EngineArgs {
@@ -103,6 +105,7 @@ impl EngineArgs {
             seed: None,
             batch_invariant: true,
             max_logprobs: 20,
+            profile_dir: None,
         }
     }
 

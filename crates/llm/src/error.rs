@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use bitfast_engine::SleepError;
+use bitfast_engine::{ProfileError, SleepError};
 
 /// Result of a call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -84,6 +84,9 @@ pub enum Error {
     /// An engine did not fall asleep or wake up.
     #[error(transparent)]
     Sleep(#[from] SleepError),
+    /// A recording of the profiler did not begin or end.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// The engine stopped or failed.
     #[error("the engine failed: {0}")]
     Engine(String),
@@ -124,6 +127,7 @@ impl Error {
             | Self::NoTokenizer { .. }
             | Self::Text { .. }
             | Self::Sleep(SleepError::Unsupported(_)) => true,
+            Self::Profile(error) => !matches!(error, ProfileError::Dead(_)),
             Self::Fetch { .. }
             | Self::QueueFull { .. }
             | Self::Device(_)

@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -136,6 +137,33 @@ impl Fleet {
         self.engines.iter().for_each(EngineHandle::reset_prefix_cache);
     }
 
+    /// Records steps and ops of all engines, each into a file `{prefix}.rank{rank}.json.gz` (with a number where that
+    /// is there) under `profile_dir`. See [`EngineHandle::start_profile`].
+    pub fn start_profile(&self, prefix: &str) -> Result<()> {
+        for (rank, engine) in self.engines.iter().enumerate() {
+            let Err(error) = engine.start_profile(prefix) else { continue };
+            for begun in &self.engines[..rank] {
+                if let Ok(file) = begun.stop_profile() {
+                    let _ = std::fs::remove_file(file);
+                }
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Ends the recording of every engine; gives the files, complete, by rank.
+    pub fn stop_profile(&self) -> Result<Vec<PathBuf>> {
+        // Every engine stops, also after one that fails to write.
+        let stopped: Vec<_> = self.engines.iter().map(EngineHandle::stop_profile).collect();
+        Ok(stopped.into_iter().collect::<Result<_, _>>()?)
+    }
+
+    /// Whether there is a recording.
+    pub fn is_profiling(&self) -> bool {
+        self.engines.iter().any(EngineHandle::is_profiling)
+    }
+
     /// Whether all engines can serve: the worst of their states, and of the dead ones the first one's reason.
     pub fn health(&self) -> Health {
         let mut worst = Health::Serving;
@@ -150,10 +178,10 @@ impl Fleet {
         worst
     }
 
-    /// Ends all engines and waits for them; true when all ended within `timeout`. See [`EngineHandle::shutdown`].
+    /// Ends all engines and waits for them, and ends a recording; true when all ended within `timeout`. See [`EngineHandle::shutdown`].
     pub fn shutdown(&self, how: Shutdown, timeout: Duration) -> bool {
         let start = Instant::now();
-        std::thread::scope(|scope| {
+        let ended = std::thread::scope(|scope| {
             let ends: Vec<_> = self
                 .engines
                 .iter()
@@ -163,7 +191,12 @@ impl Fleet {
                 .collect();
             // All are joined before the answer: `all` would stop at the first refusal.
             ends.into_iter().map(|end| end.join().unwrap_or(false)).fold(true, |all, ended| all & ended)
-        })
+        });
+        if self.is_profiling() {
+            // Nobody is left to be told of a failure.
+            let _ = self.stop_profile();
+        }
+        ended
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
 use bitfast_cuda::{CudaBackend, CudaError, CudaOptions};
-use bitfast_engine::{Clock, Engine, EngineConfig, ModelRunner, Policy, SystemClock, WeightStore};
+use bitfast_engine::{
+    Clock, Engine, EngineConfig, ModelRunner, Policy, ProfileConfig, SystemClock, WeightStore,
+};
 use bitfast_model::{LoadOptions, Loaded, ModelConfig};
 use bitfast_ops::{Backend, Class};
 
@@ -202,6 +204,7 @@ fn on_backends<B: Backend>(
         max_logprobs: args.max_logprobs,
         seed: args.seed.unwrap_or_else(|| random(0)),
         step_records: STEP_RECORDS,
+        profile: ProfileConfig { directory: args.profile_dir.clone(), model: args.model.clone() },
         mask_threads: threads.min(MASK_THREADS),
         ..EngineConfig::default()
     };

@@ -5,6 +5,7 @@ use bitfast_llm::{EngineArgs, LLM, LoadFormat, Request, RequestOutput, SamplingP
 fn fleet_of(engines: usize) -> LLM {
     let args = EngineArgs {
         load_format: LoadFormat::Dummy,
+        device: bitfast_llm::Device::Cpu,
         data_parallel_size: engines,
         threads: std::num::NonZeroUsize::new(2),
         seed: Some(7),
@@ -108,6 +109,7 @@ fn a_rank_that_is_not_there_is_refused_by_name() {
 fn kv_memory_is_divided_and_engines_may_outnumber_threads() {
     let args = |engines: usize| EngineArgs {
         load_format: LoadFormat::Dummy,
+        device: bitfast_llm::Device::Cpu,
         data_parallel_size: engines,
         threads: std::num::NonZeroUsize::new(2),
         kv_cache_memory: bitfast_llm::KvCacheMemory::Tokens(960),

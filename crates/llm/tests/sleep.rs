@@ -20,6 +20,7 @@ fn model_in(dir: &Path) -> PathBuf {
 
 fn load(model: &str, engines: usize) -> LLM {
     let args = EngineArgs {
+        device: bitfast_llm::Device::Cpu,
         load_format: if Path::new(model).is_dir() { LoadFormat::Auto } else { LoadFormat::Dummy },
         skip_tokenizer_init: true,
         data_parallel_size: engines,

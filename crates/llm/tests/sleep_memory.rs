@@ -24,6 +24,7 @@ fn sleep_gives_memory_back_to_the_system() {
     std::fs::write(dir.path().join("config.json"), CONFIG).unwrap();
     let llm = LLM::new(EngineArgs {
         load_format: LoadFormat::Dummy,
+        device: bitfast_llm::Device::Cpu,
         skip_tokenizer_init: true,
         threads: std::num::NonZeroUsize::new(2),
         kv_cache_memory: KvCacheMemory::Tokens(1024),

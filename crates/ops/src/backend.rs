@@ -1,5 +1,7 @@
+use std::sync::Arc;
+
 use crate::contract::{KOrder, column_parallel_order, row_parallel_order};
-use crate::{BatchInputs, Class, Dtype, HostTensor, RowSample, SampleRow};
+use crate::{BatchInputs, Class, Dtype, HostTensor, OpObserver, RowSample, SampleRow};
 
 /// What a backend can fail with. Bad arguments are bugs and assert instead.
 #[derive(Debug, thiserror::Error)]
@@ -294,6 +296,11 @@ pub trait Backend: Send + 'static {
     fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
         let _ = body;
         Ok(())
+    }
+
+    /// Tells `observer` from now on what each lane does, or nobody. What nobody observes should cost next to nothing.
+    fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        let _ = observer;
     }
 
     // ---- a step ----

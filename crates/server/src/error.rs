@@ -34,7 +34,6 @@ pub(crate) enum ErrorKind {
     /// The route exists for other methods.
     Method,
     /// It contradicts what is under way.
-    #[expect(dead_code, reason = "only recordings of the profiler can conflict")]
     Conflict,
     /// The queue is full.
     QueueFull,

@@ -14,9 +14,6 @@ use crate::error::{ApiError, ErrorBody, ErrorKind};
 use crate::extract::Params;
 use crate::state::AppState;
 
-/// Longest prefix of trace names.
-const MAX_PREFIX: usize = 128;
-
 /// What records steps and operations into trace files.
 pub(crate) struct Profiler {
     directory: Option<PathBuf>,
@@ -28,14 +25,35 @@ impl Profiler {
     }
 
     /// Begins a recording whose files begin with `prefix`.
-    async fn start(&self, _state: &Arc<AppState>, _prefix: &str) -> Result<(), ApiError> {
-        Err(ApiError::new(ErrorKind::NotFound, "this server has no profiler"))
+    async fn start(&self, state: &Arc<AppState>, prefix: &str) -> Result<(), ApiError> {
+        let (fleet, prefix) = (state.llm.fleet().clone(), prefix.to_owned());
+        aside(move || fleet.start_profile(&prefix)).await
     }
 
     /// Ends the recording; its files are complete afterwards.
-    async fn stop(&self, _state: &Arc<AppState>) -> Result<(), ApiError> {
-        Err(ApiError::new(ErrorKind::NotFound, "this server has no profiler"))
+    async fn stop(&self, state: &Arc<AppState>) -> Result<(), ApiError> {
+        let fleet = state.llm.fleet().clone();
+        aside(move || fleet.stop_profile().map(drop)).await
     }
+}
+
+/// Files are opened and written where that may take its time.
+async fn aside(work: impl FnOnce() -> bitfast_llm::Result<()> + Send + 'static) -> Result<(), ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.unwrap_or_else(|e| Err(bitfast_llm::Error::Engine(e.to_string())));
+    done.map_err(|error| {
+        use bitfast_llm::{Error, ProfileError};
+        match &error {
+            Error::Profile(ProfileError::Running { .. } | ProfileError::NotRunning) => {
+                ApiError::new(ErrorKind::Conflict, error.to_string())
+            }
+            Error::Profile(ProfileError::Prefix(_)) => ApiError::invalid("prefix", error.to_string()),
+            Error::Profile(ProfileError::NoDirectory) => {
+                ApiError::new(ErrorKind::NotFound, error.to_string())
+            }
+            _ => ApiError::new(ErrorKind::Internal, error.to_string()),
+        }
+    })
 }
 
 /// Begin a recording.
@@ -49,10 +67,6 @@ pub(crate) async fn start(
     params: Params,
 ) -> Result<Json<Status>, ApiError> {
     let prefix = params.text("prefix").unwrap_or("bitfast");
-    if prefix.is_empty() || prefix.len() > MAX_PREFIX || !prefix.bytes().all(is_name_byte) {
-        let message = format!("prefix: must be 1 to {MAX_PREFIX} of A-Z a-z 0-9 . _ -");
-        return Err(ApiError::invalid("prefix", message));
-    }
     state.profiler.start(&state, prefix).await?;
     Ok(Json(Status { prefix: Some(prefix.to_owned()), ..Status::of("profiling") }))
 }

@@ -251,3 +251,24 @@ fn traces_never_leave_their_folder() {
     let listed = none.client.get("/debug/traces").ok();
     assert!(listed["traces"] == json!([]) && listed["error"].is_string(), "{listed}");
 }
+
+#[test]
+fn recordings_are_files_that_can_be_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, same) = (dir.path().to_path_buf(), dir.path().to_path_buf());
+    let llm = tiny(move |args| args.profile_dir = Some(folder));
+    let server = Running::start(llm, move |config| config.profile_dir = Some(same));
+    let s = server.client;
+    let stopped = s.post("/debug/profile/stop", &json!({}));
+    assert_eq!(stopped.status, 409);
+    let started = s.post("/debug/profile/start?prefix=decode_ctx1", &json!({})).ok();
+    assert_eq!(started, json!({ "status": "profiling", "prefix": "decode_ctx1" }));
+    assert_eq!(s.post("/debug/profile/start?prefix=b", &json!({})).status, 409);
+    s.post("/v1/completions", &json!({ "prompt": "hello", "max_tokens": 3, "ignore_eos": true })).ok();
+    assert_eq!(s.post("/debug/profile/stop", &json!({})).ok(), json!({ "status": "stopped" }));
+    assert_eq!(s.get("/debug/traces").ok()["traces"], json!(["decode_ctx1.rank0.json.gz"]));
+    let file = s.get("/debug/traces/decode_ctx1.rank0.json.gz");
+    assert_eq!((file.status, &file.body[..2]), (200, &[0x1f, 0x8b][..]));
+    let none = Running::start(tiny(|_| ()), |_| ());
+    assert_eq!(none.client.post("/debug/profile/start?prefix=a", &json!({})).status, 404);
+}

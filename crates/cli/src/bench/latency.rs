@@ -34,6 +34,7 @@ pub fn latency(args: &LatencyArgs) -> Outcome {
     ])?;
     check_writable(&args.report)?;
     let llm = start(&args.engine, args.batch_size, args.input_len + args.output_len as usize)?;
+    let _trace = crate::trace::begin(&llm, "bench-latency", args.engine.quiet)?;
     let rounds = args.num_iters_warmup + args.num_iters;
     let bar = progress::bar(rounds as u64, "iterations", args.engine.quiet);
     let mut samples = Vec::new();

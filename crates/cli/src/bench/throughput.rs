@@ -17,6 +17,7 @@ pub fn throughput(args: &ThroughputArgs) -> Outcome {
     ])?;
     check_writable(&args.report)?;
     let llm = start(&args.engine, args.num_prompts.min(64), args.input_len + args.output_len as usize)?;
+    let _trace = crate::trace::begin(&llm, "bench-throughput", args.engine.quiet)?;
     let request = |i: u64| random_request(&llm, args.input_len, args.output_len, args.report.seed, i);
     // Threads, caches and buffers are warm after one request.
     llm.stream(request(u64::MAX))?.finish()?;
