@@ -196,7 +196,7 @@ pub(crate) fn run<B: Backend, T>(
         bytes: 0,
         bytes_total: plan.jobs.iter().map(|job| bytes(&job.parts)).sum(),
     };
-    let prefetch = Prefetch::new(source, plan.jobs);
+    let prefetch = Prefetch::new(source, plan.jobs, threads);
     let made = std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| prefetch.work());
@@ -218,7 +218,7 @@ pub fn weights_digest(
     threads: usize,
 ) -> Result<blake3::Hash, WeightError> {
     let jobs: Vec<Job> = specs.into_iter().map(|spec| Job { parts: vec![spec], groups: 1 }).collect();
-    let prefetch = Prefetch::new(source, jobs);
+    let prefetch = Prefetch::new(source, jobs, threads);
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
             scope.spawn(|| prefetch.work());

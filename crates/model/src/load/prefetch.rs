@@ -7,7 +7,8 @@ use super::{Job, bytes};
 use crate::weights::zeroed;
 use crate::{TensorSpec, WeightError, WeightSource};
 
-/// Jobs that are begun ahead of the taking thread whatever their size, so that it need not wait for large ones.
+/// Jobs that are begun ahead of the taking thread whatever their size, so that it need not wait for large ones; with many threads,
+/// half of them.
 const AHEAD_JOBS: usize = 2;
 /// Bytes up to which more jobs are begun ahead. The two bound the memory that loading takes beside the weights.
 const AHEAD_BYTES: u64 = 32 << 20;
@@ -16,6 +17,7 @@ const AHEAD_BYTES: u64 = 32 << 20;
 pub(super) struct Prefetch<'s> {
     source: &'s dyn WeightSource,
     jobs: Vec<Job>,
+    ahead_jobs: usize,
     state: Mutex<State>,
     /// Signalled whenever `state` changes.
     changed: Condvar,
@@ -61,9 +63,15 @@ impl Drop for TellPanic<'_, '_> {
 }
 
 impl<'s> Prefetch<'s> {
-    /// Will read `jobs` from `source`.
-    pub fn new(source: &'s dyn WeightSource, jobs: Vec<Job>) -> Self {
-        Self { source, jobs, state: Mutex::default(), changed: Condvar::new() }
+    /// Will read `jobs` from `source` on `threads` threads.
+    pub fn new(source: &'s dyn WeightSource, jobs: Vec<Job>, threads: usize) -> Self {
+        Self {
+            source,
+            jobs,
+            ahead_jobs: AHEAD_JOBS.max(threads / 2),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
     }
 
     /// What is read, in order.
@@ -82,7 +90,7 @@ impl<'s> Prefetch<'s> {
         let mut state = self.lock();
         while !state.stopped && state.begun < self.jobs.len() {
             let ahead = &self.jobs[state.taken..=state.begun];
-            if ahead.len() > AHEAD_JOBS
+            if ahead.len() > self.ahead_jobs
                 && ahead.iter().map(|job| bytes(&job.parts)).sum::<u64>() > AHEAD_BYTES
             {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
