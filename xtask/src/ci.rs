@@ -5,9 +5,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::kernels::{Mode, kernels};
+
 /// Runs all checks, the quick ones first; stops at the first failure.
 pub fn ci(root: &Path) -> Result<()> {
     lint(root)?;
+    kernels(root, Mode::Compare)?;
     if has_nextest() {
         cargo(root, "nextest run --workspace --no-fail-fast")?;
         // nextest runs no documentation tests.

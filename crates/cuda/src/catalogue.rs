@@ -91,12 +91,12 @@ fn row_kernels() -> Vec<KernelSource> {
     ops.iter().map(RowOp::source).collect()
 }
 
-/// Compiles `source` and reads the assembler's report.
+/// Compiles `source` for `arch` and reads the assembler's report; the cubin comes with it.
 ///
 /// # Errors
 /// It does not compile, or the report lacks a line.
-pub fn check(jit: &Jit, source: &KernelSource) -> Result<Report> {
-    let (cubin, log) = jit.report(source)?;
+pub fn check(jit: &Jit, arch: &str, source: &KernelSource) -> Result<(Report, Vec<u8>)> {
+    let (cubin, log) = jit.report(arch, source)?;
     let number = |marker: &str, before: bool| {
         let at = log.find(marker)?;
         let (left, right) = (&log[..at], &log[at + marker.len()..]);
@@ -104,11 +104,12 @@ pub fn check(jit: &Jit, source: &KernelSource) -> Result<Report> {
         word?.parse().ok()
     };
     let missing = || CudaError::Compile { kernel: source.label(), log: log.clone() };
-    Ok(Report {
+    let report = Report {
         label: source.label(),
         registers: number("Used ", false).ok_or_else(missing)?,
         spilled: number(" bytes spill stores", true).ok_or_else(missing)?,
         serialised: log.contains("serialized"),
         bytes: cubin.len(),
-    })
+    };
+    Ok((report, cubin))
 }

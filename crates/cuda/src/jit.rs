@@ -15,11 +15,11 @@ use libloading::Library;
 use crate::driver::NvrtcApi;
 use crate::{CudaError, Result};
 
-/// The only architecture with kernels so far.
+/// The only architecture that kernels are run on so far.
 pub const ARCH: &str = "sm_90a";
 
 const PRELUDE: &str = include_str!("../kernels/prelude.cuh");
-const FLAGS: [&str; 4] = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", "-fmad=false"];
+const FLAGS: [&str; 3] = ["--std=c++17", "-default-device", "-fmad=false"];
 
 /// A kernel to compile: one `.cu` file and the macros that specialise it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -123,12 +123,12 @@ impl Jit {
 
     fn find(&self, source: &KernelSource) -> Result<Vec<u8>> {
         let program = source.program();
-        let Some(dir) = &self.cache else { return Ok(self.compile(source, &program, &[])?.0) };
+        let Some(dir) = &self.cache else { return Ok(self.compile(ARCH, source, &program, &[])?.0) };
         let path = dir.join(format!("{}-{}.cubin", source.name, self.key(&program)));
         if let Ok(bytes) = std::fs::read(&path) {
             return Ok(bytes);
         }
-        let (cubin, _) = self.compile(source, &program, &[])?;
+        let (cubin, _) = self.compile(ARCH, source, &program, &[])?;
         let failed = |source| CudaError::Cache { path: path.display().to_string(), source };
         std::fs::create_dir_all(dir).map_err(failed)?;
         // Whole or absent: a reader never sees half a file, and two writers write the same bytes.
@@ -138,12 +138,13 @@ impl Jit {
         Ok(cubin)
     }
 
-    /// Compiles without the cache and returns the assembler's report (registers, spills) beside the cubin.
+    /// Compiles for `arch` (such as [`ARCH`]) without the cache and returns the assembler's report (registers, spills)
+    /// beside the cubin.
     ///
     /// # Errors
     /// A compile error.
-    pub fn report(&self, source: &KernelSource) -> Result<(Vec<u8>, String)> {
-        self.compile(source, &source.program(), &["--ptxas-options=-v"])
+    pub fn report(&self, arch: &str, source: &KernelSource) -> Result<(Vec<u8>, String)> {
+        self.compile(arch, source, &source.program(), &["--ptxas-options=-v"])
     }
 
     fn key(&self, program: &str) -> String {
@@ -155,11 +156,22 @@ impl Jit {
         hasher.finalize().to_hex()[..32].to_owned()
     }
 
-    fn compile(&self, source: &KernelSource, program: &str, extra: &[&str]) -> Result<(Vec<u8>, String)> {
+    fn compile(
+        &self,
+        arch: &str,
+        source: &KernelSource,
+        program: &str,
+        extra: &[&str],
+    ) -> Result<(Vec<u8>, String)> {
+        let arch = format!("--gpu-architecture={arch}");
         let text = CString::new(program).expect("kernel sources have no NUL");
         let name = CString::new(format!("{}.cu", source.name)).expect("kernel names have no NUL");
-        let options: Vec<CString> =
-            FLAGS.iter().chain(extra).map(|o| CString::new(*o).expect("options have no NUL")).collect();
+        let options: Vec<CString> = [&*arch]
+            .iter()
+            .chain(&FLAGS)
+            .chain(extra)
+            .map(|o| CString::new(*o).expect("options have no NUL"))
+            .collect();
         let options: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
         let mut handle = std::ptr::null_mut();
         let none = std::ptr::null();
