@@ -47,8 +47,9 @@ impl Structured {
     }
 
     /// The same after thoughts, which are free; a grammar stays as it is.
-    pub fn after_thoughts(self, thinking: Thinking) -> Self {
-        self.grammar().after_thoughts(thinking).into()
+    pub fn after_thoughts(self, thinking: Thinking) -> Result<Self> {
+        let after = self.grammar().after_thoughts(thinking);
+        after.map(Self::from).map_err(|error| Error::invalid(self.param(), error.to_string()))
     }
 
     fn grammar(&self) -> Grammar {

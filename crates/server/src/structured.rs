@@ -25,7 +25,9 @@ pub(crate) async fn apply(
         (None, None) => return Ok(()),
     };
     let structured = match thinking {
-        Some(thinking) if param != "tools" => structured.after_thoughts(thinking),
+        Some(thinking) if param != "tools" => {
+            structured.after_thoughts(thinking).map_err(|error| named(error.into(), &param))?
+        }
         _ => structured,
     };
     // Large schemas take their time: aside.

@@ -39,15 +39,16 @@ pub enum Grammar {
 
 impl Grammar {
     /// The same after thoughts, which are free. [`Grammar::Lark`] stays as it is: its rules have any names.
-    pub fn after_thoughts(self, thinking: Thinking) -> Self {
+    pub fn after_thoughts(self, thinking: Thinking) -> Result<Self, GrammarError> {
+        limits::check(&self)?;
         let body = match &self {
             Self::JsonSchema(schema) => format!("body: %json {schema}\n"),
             Self::JsonObject => "body: %json {\"type\": \"object\"}\n".to_owned(),
             Self::Regex(regex) => format!("body: /{}/\n", llguidance::regex_to_lark(regex, "")),
             Self::Choice(texts) => format!("body: {}\n", alternatives(texts)),
-            Self::Lark(_) => return self,
+            Self::Lark(_) => return Ok(self),
         };
-        Self::Lark(thinking::start(Some(thinking)) + &body)
+        Ok(Self::Lark(thinking::start(Some(thinking)) + &body))
     }
 }
 

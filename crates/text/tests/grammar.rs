@@ -225,6 +225,8 @@ fn bad_and_hostile_grammars_are_refused() {
         assert!(error.to_string().len() < 600, "{shown}: {error}");
     }
     assert_eq!(compiler.compile(&Grammar::Choice(vec![])).unwrap_err(), GrammarError::Choices);
+    let after = Grammar::Choice(vec![]).after_thoughts(Thinking::Tagged);
+    assert_eq!(after.unwrap_err(), GrammarError::Choices);
 }
 
 /// Small to write, large to follow: each is refused, faults, or goes on, within the limits of every step.
@@ -376,9 +378,9 @@ fn calls_and_answers_after_thoughts() {
         (Grammar::Choice(vec!["yes".into(), "no".into()]), "no"),
     ];
     for (grammar, text) in forms {
-        let opened = grammar.clone().after_thoughts(Thinking::Opened);
+        let opened = grammar.clone().after_thoughts(Thinking::Opened).unwrap();
         assert!(accepts(&opened, &compiler, &format!("Hm. true? </think>\n{text}")), "{grammar:?}");
         assert!(!accepts(&opened, &compiler, "Hm. true? </think>\n?"), "{grammar:?}");
-        assert!(accepts(&grammar.after_thoughts(Thinking::Tagged), &compiler, text));
+        assert!(accepts(&grammar.after_thoughts(Thinking::Tagged).unwrap(), &compiler, text));
     }
 }
