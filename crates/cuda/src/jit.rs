@@ -132,7 +132,9 @@ impl Jit {
         let failed = |source| CudaError::Cache { path: path.display().to_string(), source };
         std::fs::create_dir_all(dir).map_err(failed)?;
         // Whole or absent: a reader never sees half a file, and two writers write the same bytes.
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        static WRITES: AtomicUsize = AtomicUsize::new(0);
+        let write = WRITES.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{write}.tmp", std::process::id()));
         std::fs::write(&temporary, &cubin).map_err(failed)?;
         std::fs::rename(&temporary, &path).map_err(failed)?;
         Ok(cubin)
