@@ -66,7 +66,7 @@ pub(crate) fn linear(
         AForm::F32 => widen_rows(workers, x, rows, w.chunks() * CHUNK)?,
         AForm::Hopper => hopper_rows(workers, x, rows, w.chunks() * CHUNK)?,
     };
-    let blocks = RowBlocks::new(path, rows, a_stride);
+    let blocks = RowBlocks::new(path, rows, a_stride, threads);
     let beside = micro::has_beside(path, rows);
     let job = Job { isa, w, path, leaves, blocks, a, a_stride, ahead: stream_ahead(isa, rows), beside, out };
     workers.reserve(job.slots() * job.slot_len() * 4)?;
@@ -93,6 +93,9 @@ fn stream_ahead(isa: Isa, rows: usize) -> usize {
     }
 }
 
+/// Blocks of rows that are worth another way of the weights through memory.
+const BLOCKS_PER_SHARE: usize = 8;
+
 /// How the rows of a batch are cut into blocks of C, and the blocks into groups whose A stays in the cache.
 #[derive(Clone, Copy)]
 struct RowBlocks {
@@ -106,14 +109,16 @@ struct RowBlocks {
 }
 
 impl RowBlocks {
-    fn new(path: Path, rows: usize, a_stride: usize) -> Self {
+    fn new(path: Path, rows: usize, a_stride: usize, threads: usize) -> Self {
         let (size, capacity, group_bytes) = match path.a_form() {
             AForm::Bf16 => (32, 32, AMX_GROUP_BYTES),
             // Multiples of what the kernels take, evenly filled.
             AForm::F32 | AForm::Hopper => (rows.div_ceil(rows.div_ceil(24)), 24, GROUP_BYTES),
         };
         let blocks = rows.div_ceil(size);
-        let groups = blocks.div_ceil((group_bytes / (size * a_stride)).max(1));
+        // With a group for each thread, an op finds its rows where the op before has left them: in this core's cache.
+        let shares = threads.min(blocks / BLOCKS_PER_SHARE).max(1);
+        let groups = blocks.div_ceil((group_bytes / (size * a_stride)).max(1)).next_multiple_of(shares);
         Self { rows, size, capacity, group: blocks.div_ceil(groups) }
     }
 
@@ -168,21 +173,19 @@ impl Job<'_> {
         }
     }
 
-    /// Lines `part` of the panel that begins at `tile`, if there is one: how many they are, and the first.
-    fn lines(&self, tile: usize, (part, parts): (usize, usize)) -> (*const u8, Range<usize>) {
+    /// Part `part` (which, of how many) of the panel that begins at `tile`, if there is one.
+    fn panel_lines(&self, tile: usize, (part, parts): (usize, usize)) -> Lines {
         if tile >= self.w.tiles() {
-            return (std::ptr::null(), 0..0);
+            return Lines::NONE;
         }
         let (start, chunk_bytes) = self.w.tile(tile, 0);
-        (start, share(self.w.chunks() * chunk_bytes / 64, parts, part))
+        Lines { start, lines: share(self.w.chunks() * chunk_bytes / 64, parts, part) }
     }
 
-    /// Rows of A, which another core has written.
-    fn fetch_rows(&self, rows: Range<usize>) {
-        for row in rows {
-            let start = self.a.wrapping_add(row * self.a_stride);
-            (0..self.a_stride).step_by(64).for_each(|offset| micro::fetch(start.wrapping_add(offset)));
-        }
+    /// Rows of A, which another core may have written.
+    fn row_lines(&self, rows: Range<usize>) -> Lines {
+        let start = self.a.wrapping_add(rows.start * self.a_stride);
+        Lines { start, lines: 0..rows.len() * self.a_stride / 64 }
     }
 
     /// The operands of one leaf of a block.
@@ -202,6 +205,22 @@ impl Job<'_> {
             init: Init::Zero,
             prefetch: self.ahead,
         }
+    }
+}
+
+/// Cache lines to ask for, in order.
+struct Lines {
+    start: *const u8,
+    lines: Range<usize>,
+}
+
+impl Lines {
+    const NONE: Self = Self { start: std::ptr::null(), lines: 0..0 };
+
+    /// Asks for an even share of what is left; `shares` is how many there are, this one included.
+    fn fetch(&mut self, shares: usize) {
+        let share = self.lines.len().div_ceil(shares);
+        self.lines.by_ref().take(share).for_each(|i| micro::fetch(self.start.wrapping_add(i * 64)));
     }
 }
 
@@ -230,14 +249,16 @@ impl Run<'_, '_> {
         for first in (0..count).step_by(per_pass) {
             let leaves = first..first + per_pass;
             for (i, block) in blocks.clone().enumerate() {
-                if fresh && first == 0 && block + 1 < blocks.end {
-                    job.fetch_rows(job.blocks.rows_of(block + 1));
+                let (mut rows, mut weights) = (Lines::NONE, Lines::NONE);
+                if blocks.len() > 1 {
+                    // While the blocks of a group go by, the next panel's weights come from memory.
+                    let part = (first / per_pass * blocks.len() + i, count / per_pass * blocks.len());
+                    weights = job.panel_lines(tiles.end, part);
                 }
-                // While the blocks of a group go by, the next panel's weights come from memory.
-                let part = (first / per_pass * blocks.len() + i, count / per_pass * blocks.len());
-                let (line, lines) =
-                    if blocks.len() > 1 { job.lines(tiles.end, part) } else { job.lines(usize::MAX, part) };
-                self.block(block, tiles.clone(), leaves.clone(), self.turn + i, (line, lines));
+                if fresh && first == 0 && block + 1 < blocks.end {
+                    rows = job.row_lines(job.blocks.rows_of(block + 1));
+                }
+                self.block(block, tiles.clone(), leaves.clone(), self.turn + i, [rows, weights]);
             }
         }
         self.turn = (self.turn + blocks.len()) % job.slots();
@@ -250,24 +271,22 @@ impl Run<'_, '_> {
         tiles: Range<usize>,
         leaves: Range<usize>,
         slot: usize,
-        (line, mut lines): (*const u8, Range<usize>),
+        mut ahead: [Lines; 2],
     ) {
         let job = self.job;
         let rows = job.blocks.rows_of(block);
         let c = self.c.wrapping_add(slot % job.slots() * job.slot_len());
         let chunks_of = |leaf| share(job.w.chunks(), job.leaves.count, leaf);
         let mut chunks_left: usize = leaves.clone().map(|leaf| chunks_of(leaf).len()).sum();
-        let mut fetch = |share: usize| {
-            lines.by_ref().take(share).for_each(|i| micro::fetch(line.wrapping_add(i * 64)));
-            lines.len()
-        };
-        let mut lines_left = fetch(if job.beside { 0 } else { usize::MAX });
+        if !job.beside {
+            ahead.iter_mut().for_each(|lines| lines.fetch(1));
+        }
         let mut waiting = self.waiting.take();
         for leaf in leaves.clone() {
             let c = c.wrapping_add(leaf * job.leaf_len());
             let t = job.operands(rows.clone(), tiles.clone(), chunks_of(leaf), c);
             let beside = || {
-                lines_left = fetch(lines_left.div_ceil(chunks_left));
+                ahead.iter_mut().for_each(|lines| lines.fetch(chunks_left));
                 if let Some(waiting) = &mut waiting {
                     waiting.some(waiting.rows.len().div_ceil(chunks_left));
                 }
@@ -277,7 +296,7 @@ impl Run<'_, '_> {
             // one panel; C is this thread's slot, which no block waits in.
             unsafe { micro::product_beside(job.path, &t, beside) };
         }
-        fetch(usize::MAX);
+        ahead.iter_mut().for_each(|lines| lines.fetch(1));
         self.waiting = waiting;
         self.finish_waiting();
         if leaves.end == job.leaves.count {

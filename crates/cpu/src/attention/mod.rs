@@ -15,6 +15,7 @@ use bitfast_ops::{AttnDesc, BatchInputs, Class, Result, SeqInput};
 
 use crate::kv::Kv;
 use crate::micro::{AForm, Path, PathSession};
+use crate::pool::share;
 use crate::tensor::{Tensor, TensorMut};
 use crate::workers::Workers;
 use item::{ItemRun, Parts};
@@ -67,7 +68,7 @@ pub(crate) fn attention(
     assert!(desc.heads.is_multiple_of(desc.kv_heads), "{} heads over {}", desc.heads, desc.kv_heads);
     assert!(desc.scale_log2 > 0.0, "softmax scale {} of layer {}", desc.scale_log2, desc.layer);
     let group = desc.heads / desc.kv_heads;
-    let items = items(batch, desc.kv_heads, (ITEM_ROWS / group).max(1));
+    let items = items(batch, desc.kv_heads, (ITEM_ROWS / group).max(1), workers.threads());
     let most_rows = items.iter().map(|i| i.rows.len() * group).max().unwrap_or(0);
     let a_bytes = Path::of(workers.class, workers.isa, most_rows).a_form().bytes().max(AForm::F32.bytes());
     let parts = Parts::new(shape, most_rows, a_bytes);
@@ -86,8 +87,9 @@ pub(crate) fn attention(
     Ok(())
 }
 
-/// The longest items first, so that the threads end together.
-fn items(batch: &BatchInputs, kv_heads: usize, rows_per_item: usize) -> Vec<Item> {
+/// In the order of their lengths, so that a thread's part are rows that its core has from the op before; in a thread's
+/// part the longest first, so that the threads end together.
+fn items(batch: &BatchInputs, kv_heads: usize, rows_per_item: usize, threads: usize) -> Vec<Item> {
     let mut items = Vec::new();
     for (seq, s) in batch.seqs.iter().enumerate() {
         for first in (0..s.num_rows as usize).step_by(rows_per_item) {
@@ -95,7 +97,9 @@ fn items(batch: &BatchInputs, kv_heads: usize, rows_per_item: usize) -> Vec<Item
             items.extend((0..kv_heads).map(|head| Item { seq, head, rows: rows.clone() }));
         }
     }
-    items.sort_by_key(|i| std::cmp::Reverse(batch.seqs[i.seq].context_len as usize + i.rows.end));
+    items.sort_by_key(|i| batch.seqs[i.seq].context_len as usize + i.rows.end);
+    let len = items.len();
+    (0..threads).for_each(|thread| items[share(len, threads, thread)].reverse());
     items
 }
 
