@@ -7,6 +7,7 @@
 #define BUCKETS 2048
 #define PER_THREAD (BATCH / BLOCK)
 #define NEVER INFINITE
+#define AHEAD 5
 
 struct Shared {
     u64 batch[BATCH]; // sorted, the best first
@@ -33,16 +34,20 @@ struct Rows {
     template <class F> __device__ __forceinline__ void each(u64 low, u64 high, F f) const {
         // One comparison settles most.
         const float floor = low >> 32 > value_key(-INFINITE) ? value_of((u32)(low >> 32)) : -INFINITE;
-#pragma unroll 4
-        for (int i = 4 * threadIdx.x; i < VOCAB; i += 4 * BLOCK) {
-            float v[4];
-            load4(x, i, v);
-            if (!(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])) >= floor)) continue;
+        for (int start = 4 * threadIdx.x; start < VOCAB; start += AHEAD * 4 * BLOCK) {
+            float v[AHEAD][4]; // all on their way before the first is used
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                if (!(v[e] >= floor) || i + e >= VOCAB) continue;
-                const u64 key = entry(v[e], i + e);
-                if (key >= low && key <= high) f(key, v[e]);
+            for (int a = 0; a < AHEAD; a++) load4(x, start + a * 4 * BLOCK, v[a]);
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                if (!(fmaxf(fmaxf(v[a][0], v[a][1]), fmaxf(v[a][2], v[a][3])) >= floor)) continue;
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int i = start + a * 4 * BLOCK + e;
+                    if (!(v[a][e] >= floor) || i >= VOCAB) continue;
+                    const u64 key = entry(v[a][e], i);
+                    if (key >= low && key <= high) f(key, v[a][e]);
+                }
             }
         }
     }
@@ -300,10 +305,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     const u32 limit = limited ? row.top_k : VOCAB;
 
     Rows::Prefix prefix = {0.f, 0, 0};
+    First first = {0, 0};
     if (row.top_p < 1.f) {
-        First first = {0, 0};
         const float all = limited ? order.walk(best, limit, NEVER, first).sum : fold_chunks(s, runs + (u64)r * CHUNKS * 8);
         prefix = order.walk(best, limit, __fmul_rn(row.top_p, all), first);
+    } else if (limit <= BATCH / 4) {
+        prefix = order.walk(best, limit, NEVER, first);
     }
     if (prefix.last == 0 && limited) prefix.last = order.kth(best, limit);
 
