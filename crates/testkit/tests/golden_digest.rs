@@ -57,6 +57,17 @@ fn tiny_models() {
     }
 }
 
+/// A CPU that emulates class `hopper` gives the bits that its references promised.
+#[test]
+fn tiny_models_in_class_hopper_on_a_cpu() {
+    for isa in paths() {
+        let backend = || rig::cpu(&CpuOptions { class: Class::Hopper, ..cpu(isa, 2) });
+        // Scalar code takes the short prompts.
+        let digests = tiny_digests((isa == Isa::Scalar).then_some(SHORT), backend);
+        Stored::of("hopper").check(isa.name(), &digests);
+    }
+}
+
 /// The references of both classes: what every machine of a class, of whatever make, has to compute. (The long
 /// prompts of `hopper` are hashed in golden.rs.)
 #[test]
@@ -95,4 +106,17 @@ fn smollm2() {
         });
         Stored::of("portable").check(isa.name(), &digests.collect());
     }
+}
+
+/// The same in class `hopper`, on the fastest path: what a GPU has to give for a real model.
+#[test]
+#[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
+fn smollm2_in_class_hopper_on_a_cpu() {
+    let golden: SmolGolden = fixtures::json("golden/smollm2.json");
+    let mut rig = rig::smollm2(CpuOptions { class: Class::Hopper, ..cpu(Isa::detect(), 2) }, SIZES);
+    let digests = golden.prompts.iter().map(|p| {
+        let logits = rig.score(&p.token_ids);
+        (format!("smollm2/{}", p.name), of_logits([&logits[..]]))
+    });
+    Stored::of("hopper").check(Isa::detect().name(), &digests.collect());
 }
