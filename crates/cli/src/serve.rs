@@ -39,8 +39,8 @@ pub struct HttpFlags {
     /// Names that requests use for the model [default: as it was given]
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub served_model_name: Vec<String>,
-    /// Keys, each of which opens the server [default: BITFAST_API_KEY or VLLM_API_KEY, else open to all]
-    #[arg(long, value_name = "KEY", num_args = 1..)]
+    /// Key that opens the server; given several times, each does [default: BITFAST_API_KEY or VLLM_API_KEY, else open to all]
+    #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
     /// How long live requests may go on after SIGTERM or Ctrl-C before they are aborted
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]

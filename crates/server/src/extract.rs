@@ -61,7 +61,8 @@ impl JsonBody {
             }
             let param = match path.as_str() {
                 "." => missing_field(&message).unwrap_or_default().to_owned(),
-                path => path.to_owned(),
+                // A key that cannot be one has no name.
+                path => path.strip_suffix(".?").unwrap_or(path).to_owned(),
             };
             if param.is_empty() {
                 return ApiError::new(ErrorKind::Invalid, format!("the body: {message}"));

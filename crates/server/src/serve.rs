@@ -1,5 +1,5 @@
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
@@ -20,6 +20,8 @@ use crate::state::{AppState, ServerConfig};
 
 /// Most connections at a time; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
+/// Connections that may wait to be accepted: a crowd that comes at once is not turned away.
+const BACKLOG: i32 = 4096;
 /// A request's head has to arrive within this time; idle connections are closed after it.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// A peer that takes nothing in for this long is gone.
@@ -83,10 +85,9 @@ pub struct Server {
 impl Server {
     /// Listens on `host:port`; port 0 takes a free one.
     pub fn bind(llm: LLM, config: ServerConfig, host: &str, port: u16) -> Result<Self, ServeError> {
-        let address = format!("{host}:{port}");
-        let bound = std::net::TcpListener::bind((host, port));
-        let listener = bound.map_err(|source| ServeError::Bind { address, source })?;
-        listener.set_nonblocking(true)?;
+        let bound = listen(host, port);
+        let bind = |source| ServeError::Bind { address: format!("{host}:{port}"), source };
+        let listener = bound.map_err(bind)?;
         let state = AppState::new(llm, config).map_err(ServeError::Config)?;
         Ok(Self { listener, state: Arc::new(state) })
     }
@@ -136,6 +137,27 @@ impl Server {
         signals.abort();
         death.map_or(Ok(()), |reason| Err(ServeError::EngineDied(reason)))
     }
+}
+
+/// Listens on the first address of `host` that can be had.
+fn listen(host: &str, port: u16) -> std::io::Result<std::net::TcpListener> {
+    let on = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        // A restart need not wait for the last server's connections to be forgotten.
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(std::net::TcpListener::from(socket))
+    };
+    let mut refusal = std::io::Error::new(std::io::ErrorKind::AddrNotAvailable, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match on(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => refusal = error,
+        }
+    }
+    Err(refusal)
 }
 
 /// Takes connections in, for ever.

@@ -125,6 +125,10 @@ fn echo_scores_the_prompt_with_the_bits_of_decoding() {
     let decoded = choice["logprobs"]["token_logprobs"].as_array().unwrap();
     assert_eq!(json!(rows[rows.len() - 12..]).to_string(), json!(decoded).to_string());
     assert!(scored["choices"][0]["text"].as_str().unwrap().starts_with("hello"));
+    let events = s.post("/v1/completions", &with(&body, json!({ "stream": true }))).events();
+    let streamed = &events[0]["choices"][0];
+    assert_eq!((events.len(), &streamed["finish_reason"]), (1, &json!("length")));
+    assert_eq!(streamed["logprobs"]["token_logprobs"].to_string(), json!(rows).to_string());
     let rows = s.post("/v1/completions", &completion(json!({ "prompt_logprobs": 1, "max_tokens": 1 }))).ok();
     let rows = rows["choices"][0]["prompt_logprobs"].as_array().unwrap();
     assert!(rows[0].is_null() && rows[1].as_object().unwrap().values().all(|v| v["rank"].is_u64()));
