@@ -122,6 +122,7 @@ fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
     let mut all = vec![
         Tiling::decode(spec),
         Tiling::prefill(spec),
+        Tiling::decode_whole(spec),
         with(1, 4, 2, Share::Split),
         with(2, 2, 3, Share::Split),
         with(1, 4, 3, Share::HalfSplit),

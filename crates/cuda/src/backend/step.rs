@@ -252,3 +252,61 @@ fn plan(spec: &AttentionSpec, seqs: &[SeqInput], sequences: &Sequences, padded: 
     }
     plans
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::Share;
+
+    const SPEC: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
+
+    fn decoding(contexts: &[u32]) -> Vec<SeqInput> {
+        let seq = |(row, context): (usize, &u32)| SeqInput {
+            first_row: row as u32,
+            num_rows: 1,
+            context_len: *context,
+            block_table: (0..(context + 1).div_ceil(BLOCK_TOKENS as u32)).collect(),
+            state_slot: 0,
+        };
+        contexts.iter().enumerate().map(seq).collect()
+    }
+
+    fn plans(seqs: &[SeqInput], padded: Option<usize>) -> Vec<Items> {
+        plan(&SPEC, seqs, &Sequences::new(seqs), padded)
+    }
+
+    #[test]
+    fn a_captured_step_has_the_shape_of_its_padding() {
+        let shape = |contexts: &[u32]| {
+            let plans = plans(&decoding(contexts), Some(16));
+            let [plan] = &plans[..] else { panic!("{} launches", plans.len()) };
+            (plan.words.len(), plan.extent.items, plan.extent.max_splits, plan.extent.tiling)
+        };
+        let decode = Tiling::decode(&SPEC);
+        assert_eq!(shape(&[5; 9]), (64, 16, 1, decode));
+        // Other sequences, the same launches; more splits make another key.
+        assert_eq!(shape(&[500, 3, 80, 511, 1, 1, 1, 1, 1, 1, 9]), shape(&[5; 9]));
+        assert_eq!(shape(&[512; 12]).2, 2);
+        assert_eq!(shape(&[5000; 12]).2, 16);
+        let layout = Layout::new(16, 16, 17, 64, 99);
+        assert_eq!((layout.seqs % 4, layout.items % 4), (0, 0));
+        assert_eq!(layout.tables, Layout::new(16, 16, 17, 64, 3).tables);
+    }
+
+    #[test]
+    fn few_rows_take_splits_and_many_take_tiles() {
+        let mut seqs = decoding(&[700, 3]);
+        seqs.push(SeqInput { first_row: 2, num_rows: 17, block_table: vec![0], ..SeqInput::default() });
+        let found = plans(&seqs, None);
+        let tilings: Vec<Tiling> = found.iter().map(|p| p.extent.tiling).collect();
+        assert_eq!(tilings, [Tiling::decode(&SPEC), Tiling::prefill(&SPEC)]);
+        assert_eq!(found[0].extent.items, 2);
+    }
+
+    #[test]
+    fn a_step_with_too_many_splits_does_without() {
+        let found = plans(&decoding(&[100_000; 64]), None);
+        assert_eq!(found[0].extent.tiling.share, Share::Whole);
+        assert_eq!(found[0].extent.partials, 0);
+    }
+}
