@@ -1,12 +1,14 @@
 //! Benchmarks and the conformance suite, for Bitfast and for any OpenAI-compatible server.
 //!
 //! - [`iterations`]: the time of prefill and decode steps, one by one.
+//! - [`check`]: whether a server's bits depend on what else it does.
 //!
 //! Architecture invariant: nothing here knows a terminal. Progress goes to an [`Observer`], reports are values
 //! with a table, JSON and HTML. Servers are asked over HTTP alone, Bitfast like any other.
 
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod client;
 mod error;
 pub mod iterations;

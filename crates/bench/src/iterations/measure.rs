@@ -316,13 +316,13 @@ struct Asleep(Mutex<Vec<Control>>);
 
 impl Sleeper {
     /// Puts a server to sleep; from before that on it will be woken.
-    async fn pause(&self, control: &Control) -> Result {
+    pub async fn pause(&self, control: &Control) -> Result {
         self.asleep.list().push(control.clone());
         control.pause().await
     }
 
     /// The servers answered after they were woken.
-    fn is_awake(&self) {
+    pub fn is_awake(&self) {
         self.asleep.list().clear();
     }
 

@@ -21,7 +21,9 @@ use crate::random::token_ids;
 pub use control::{BatchInfo, Control, Dialect, LastSteps, ServerConfig, StepStat};
 pub use report::{Report, Row};
 
-use measure::{Once, Sleeper};
+pub(crate) use measure::Sleeper;
+
+use measure::Once;
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -1,5 +1,6 @@
 //! The tools against stand-in servers, in virtual time: no test waits, and none depends on how fast it runs.
 
+mod check;
 mod client;
 mod fake;
 mod iterations;

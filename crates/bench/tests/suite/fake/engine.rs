@@ -133,7 +133,7 @@ impl Engine {
         loop {
             let work = {
                 let state = self.rank(rank);
-                !self.is_paused() && !(state.running.is_empty() && state.waiting.is_empty())
+                !(self.is_paused() || state.running.is_empty() && state.waiting.is_empty())
             };
             if !work {
                 self.ranks[rank].1.notified().await;
