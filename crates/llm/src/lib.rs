@@ -28,8 +28,8 @@ mod verify;
 pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
 pub use assemble::{Assembler, Chunk, Step};
 pub use bitfast_engine::{
-    EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RestoreError, Shutdown,
-    SleepError, SleepLevel, SleepState, StepRecord,
+    EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RequestMetrics,
+    RestoreError, Shutdown, SleepError, SleepLevel, SleepState, StepRecord,
 };
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_ops::Class;

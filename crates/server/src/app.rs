@@ -45,6 +45,7 @@ pub(crate) fn app(state: Arc<AppState>) -> Router {
         .route("/debug/profile/start", post(profile::start))
         .route("/debug/profile/stop", post(profile::stop))
         .route("/debug/traces", get(profile::traces))
+        .route("/debug/dashboard", get(dashboard::now))
         .route("/debug/traces/{file}", get(profile::trace))
         .merge(vllm_names())
         .route_layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));

@@ -124,7 +124,7 @@ impl Running {
 
     fn take(&mut self, index: usize, event: Event, at: Instant) -> Option<Result<Update, ApiError>> {
         let part = &mut self.parts[index];
-        part.times.note(&self.state.metrics, &event, at);
+        part.times.note(&self.state.metrics, &event, at, part.assembler.output());
         match part.assembler.push(event) {
             Ok(Step::Quiet) => None,
             Ok(Step::Chunk(chunk)) => {

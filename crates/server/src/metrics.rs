@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bitfast_llm::{EngineStats, Event, LLM};
+use bitfast_llm::{EngineStats, Event, LLM, RequestOutput};
+
+use crate::dashboard::Recent;
 
 const TTFT_S: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -62,6 +64,8 @@ struct EngineMetrics {
 /// All metrics that are not the engines' own counters.
 pub(crate) struct Metrics {
     engines: Vec<EngineMetrics>,
+    /// For the page at `/`.
+    pub recent: Recent,
 }
 
 /// The times of one request as they come about.
@@ -77,8 +81,8 @@ impl RequestTimes {
         Self { rank, last_token: Vec::new() }
     }
 
-    /// Takes in an event that came at `at`.
-    pub fn note(&mut self, metrics: &Metrics, event: &Event, at: Instant) {
+    /// Takes in an event that came at `at`, after `output`.
+    pub fn note(&mut self, metrics: &Metrics, event: &Event, at: Instant, output: &RequestOutput) {
         let engine = &metrics.engines[self.rank];
         match event {
             Event::Token { index, .. } => {
@@ -87,11 +91,14 @@ impl RequestTimes {
                     self.last_token.resize(index + 1, None);
                 }
                 if let Some(last) = self.last_token[index].replace(at) {
-                    engine.inter_token_latency.observe(at.duration_since(last).as_secs_f64());
+                    let gap = at.duration_since(last);
+                    engine.inter_token_latency.observe(gap.as_secs_f64());
+                    metrics.recent.gap(gap);
                 }
             }
             Event::Done(times) => {
                 let s = |time: Duration| time.as_secs_f64();
+                metrics.recent.ended(self.rank, output, Some(times), at);
                 engine.e2e_latency.observe(s(times.total));
                 engine.queue_time.observe(s(times.queued));
                 if let Some(first) = times.time_to_first_token {
@@ -100,6 +107,7 @@ impl RequestTimes {
                     engine.decode_time.observe(s(times.total.saturating_sub(first)));
                 }
             }
+            Event::Failed(_) => metrics.recent.ended(self.rank, output, None, at),
             _ => {}
         }
     }
@@ -118,7 +126,7 @@ impl Metrics {
             iteration_tokens: Histogram::new(ITERATION_TOKENS),
             last_step: Mutex::new(0),
         };
-        Self { engines: (0..engines).map(|_| engine()).collect() }
+        Self { engines: (0..engines).map(|_| engine()).collect(), recent: Recent::new() }
     }
 
     /// The whole page.

@@ -52,7 +52,7 @@ joined_schema!(ChatRequest, ChatFields);
         misc::health, misc::ping, misc::version, misc::load, misc::metrics,
         control::sleep, control::wake_up, control::batch_info, control::config, control::reset_prefix_cache,
         control::step_stats, crate::profile::start, crate::profile::stop, crate::profile::traces,
-        crate::profile::trace,
+        crate::profile::trace, crate::dashboard::now,
     ),
     modifiers(&Keys)
 )]

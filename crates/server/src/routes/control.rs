@@ -177,7 +177,8 @@ async fn aside(work: impl FnOnce() -> bitfast_llm::Result<()> + Send + 'static) 
     Ok(done.unwrap_or_else(failed)?)
 }
 
-fn settled(state: &AppState) -> DebugConfig {
+/// The configuration in force.
+pub(crate) fn settled(state: &AppState) -> DebugConfig {
     let fleet = state.llm.fleet();
     let info = fleet.info();
     DebugConfig {
