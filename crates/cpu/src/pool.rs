@@ -255,12 +255,18 @@ fn allowed_cores() -> Vec<usize> {
         std::fs::read_to_string(path).unwrap_or_default()
     };
     let siblings: Vec<String> = cores.iter().map(|core| list(*core)).collect();
-    // How many of the usable siblings come before a core.
+    spread(&cores, &siblings)
+}
+
+/// The first core of every set of `siblings` (their list, as the system writes it; empty: unknown), then the second
+/// ones, and so on.
+#[cfg(target_os = "linux")]
+fn spread(cores: &[usize], siblings: &[String]) -> Vec<usize> {
+    // How many of its siblings come before a core.
     let turn = |i: usize| siblings[..i].iter().filter(|s| !s.is_empty() && **s == siblings[i]).count();
-    let turns: Vec<usize> = (0..cores.len()).map(turn).collect();
-    let mut order: Vec<usize> = (0..cores.len()).collect();
-    order.sort_by_key(|i| turns[*i]);
-    order.into_iter().map(|i| cores[i]).collect()
+    let mut order: Vec<(usize, usize)> = (0..cores.len()).map(|i| (turn(i), cores[i])).collect();
+    order.sort_by_key(|(turn, _)| *turn);
+    order.into_iter().map(|(_, core)| core).collect()
 }
 
 #[cfg(target_os = "linux")]
@@ -343,6 +349,40 @@ mod tests {
         assert!(outcome.is_err());
         pool.run(|_| both(false));
         assert_eq!(joined.load(Relaxed), 4);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn physical_cores_come_before_their_second_threads() {
+        let lists = |lists: &[&str]| lists.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>();
+        let neighbours = lists(&["0-1", "0-1", "2-3", "2-3", "4-5"]);
+        assert_eq!(spread(&[0, 1, 2, 3, 5], &neighbours), [0, 2, 5, 1, 3]);
+        let halves = lists(&["0,2", "1,3", "0,2", "1,3"]);
+        assert_eq!(spread(&[0, 1, 2, 3], &halves), [0, 1, 2, 3]);
+        assert_eq!(spread(&[4, 7, 9], &lists(&["", "", ""])), [4, 7, 9]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_caller_is_pinned_once_and_only_beside_workers() {
+        let cores = allowed_cores();
+        let pinned = |threads: usize, first_core: Option<usize>| {
+            // A thread of its own, whose cores are nobody else's business.
+            std::thread::spawn(move || {
+                let mut pool = Pool::new(threads, first_core);
+                pool.pin_caller();
+                allowed_cores()
+            })
+            .join()
+            .unwrap()
+        };
+        assert_eq!(pinned(1, Some(0)), cores);
+        assert_eq!(pinned(2, None), cores);
+        if cores.len() >= 2 {
+            assert_eq!(pinned(2, Some(0)), [cores[0]]);
+        }
+        // More threads than cores from there on.
+        assert_eq!(pinned(2, Some(cores.len() - 1)), cores);
     }
 
     #[test]
