@@ -194,6 +194,8 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     refused(&run_tiny(&["x", "--kv-cache-memory", "1"]), "kv_cache_memory: ");
     refused(&run_tiny(&["x", "--chat-template", "/no/such.jinja"]), "/no/such.jinja");
     refused(&run_tiny(&["x", "--device", "tpu"]), "tpu");
+    refused(&run_tiny(&["x", "--device", "cuda:4096"]), "device: ");
+    refused(&run_tiny(&["x", "--gpu-memory-utilization", "1.5"]), "gpu_memory_utilization: ");
     refused(&run_tiny(&["x", "--frobnicate"]), "--frobnicate");
     let mut command = bitfast(&["run", "x", "--model", "tiny-llama", "--load-format", "dummy"]);
     refused(&command.env("BITFAST_CPU_ISA", "sse9").output().unwrap(), "BITFAST_CPU_ISA: ");

@@ -159,7 +159,10 @@ fn on_backends<B: Backend>(
     let model_limit = opened.config.max_position_embeddings;
     let mut args = args.clone();
     if memory == Memory::Own {
-        let (rows, tables) = (args.max_num_batched_tokens, 8 * model_limit * opened.config.head_dim / 2);
+        // Without chunks a step holds the longest prompt, which is not known yet: at most what was asked for.
+        let longest = if args.enable_chunked_prefill { 0 } else { args.max_model_len.unwrap_or(model_limit) };
+        let rows = args.max_num_batched_tokens.max(longest);
+        let tables = 8 * model_limit * opened.config.head_dim / 2;
         let logit_rows = args.max_num_seqs.max(SCORED_ROWS);
         free = free.saturating_sub(step_bytes(&opened.config, rows, logit_rows) + tables as u64);
         if args.kv_cache_memory == KvCacheMemory::Auto {
