@@ -114,24 +114,26 @@ enum Values {
     ManyOrders,
     Cancelling,
     Denormal,
+    Tiny,
     Zeros,
     Overflowing,
     NotFinite,
 }
 
 impl Values {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::AlikeInSize,
         Self::ManyOrders,
         Self::Cancelling,
         Self::Denormal,
+        Self::Tiny,
         Self::Zeros,
         Self::Overflowing,
         Self::NotFinite,
     ];
 
     fn is_short(self) -> bool {
-        matches!(self, Self::ManyOrders | Self::Cancelling | Self::Denormal)
+        matches!(self, Self::ManyOrders | Self::Cancelling | Self::Denormal | Self::Tiny)
     }
 
     fn name(self) -> &'static str {
@@ -140,6 +142,7 @@ impl Values {
             Self::ManyOrders => "values over 40 binary orders",
             Self::Cancelling => "sums that cancel",
             Self::Denormal => "denormal products, accumulators and factors",
+            Self::Tiny => "sums so small that a zero accumulator sets the grid",
             Self::Zeros => "zeros of both signs",
             Self::Overflowing => "overflow",
             Self::NotFinite => "infinities and NaN",
@@ -152,6 +155,7 @@ impl Values {
             Self::AlikeInSize | Self::Zeros => -2..2,
             Self::ManyOrders | Self::Cancelling => -20..20,
             Self::Denormal => -76..-64,
+            Self::Tiny => -76..-66,
             Self::Overflowing => 50..66,
             Self::NotFinite => -20..20,
         }

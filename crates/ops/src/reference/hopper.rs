@@ -6,12 +6,14 @@ use super::HOPPER_CHUNK_K;
 const FRACTION_BITS: i32 = 25;
 /// Smallest exponent of a term (that of fp32 and bf16 denormals).
 const MIN_EXPONENT: i32 = -126;
+/// Exponent that a zero accumulator counts with.
+const ZERO_EXPONENT: i32 = -133;
 
 /// One bf16 tensor-core step: the 16 exact products and the accumulator are aligned to the largest exponent among
 /// them, each truncated toward zero to 25 fractional bits, summed exactly, and rounded toward zero to fp32.
 ///
 /// A term's exponent is the sum of its factors' exponents, not normalised; denormal factors and accumulators have
-/// exponent -126 and no hidden bit; a zero product has no say, a zero accumulator has exponent -126. An exact zero
+/// exponent -126 and no hidden bit; a zero product has no say, a zero accumulator has exponent -133. An exact zero
 /// is +0. Beyond fp32's range the result is infinity; a NaN or infinite term gives what IEEE sums of the terms do.
 pub(super) fn step(acc: f32, a: &[bf16; HOPPER_CHUNK_K], b: &[bf16; HOPPER_CHUNK_K]) -> f32 {
     if !acc.is_finite() || a.iter().chain(b).any(|x| !x.is_finite()) {
@@ -19,8 +21,8 @@ pub(super) fn step(acc: f32, a: &[bf16; HOPPER_CHUNK_K], b: &[bf16; HOPPER_CHUNK
     }
     let acc = Term::of_f32(acc);
     let products: [Term; HOPPER_CHUNK_K] = std::array::from_fn(|i| Term::of_product(a[i], b[i]));
-    let largest =
-        products.iter().filter(|t| t.significand != 0).map(|t| t.exponent).fold(acc.exponent, i32::max);
+    let least = if acc.significand == 0 { ZERO_EXPONENT } else { acc.exponent };
+    let largest = products.iter().filter(|t| t.significand != 0).map(|t| t.exponent).fold(least, i32::max);
     let sum = products.iter().fold(acc.aligned(largest), |sum, t| sum + t.aligned(largest));
     round_toward_zero(sum, largest - FRACTION_BITS)
 }
@@ -79,10 +81,10 @@ mod tests {
     use super::*;
     use crate::testing::word;
 
-    /// Significand in [1, 2) (or below, for denormals) and exponent; (0, -126) for zero.
+    /// Significand in [1, 2) (or below, for denormals) and exponent; (0, -133) for zero.
     fn split(x: f64, min_exponent: i32) -> (f64, i32) {
         if x == 0.0 {
-            return (0.0, -126);
+            return (0.0, -133);
         }
         let exponent = ((x.to_bits() >> 52 & 0x7FF) as i32 - 1023).max(min_exponent);
         (x * 2f64.powi(-exponent), exponent)
@@ -93,7 +95,7 @@ mod tests {
         let mut terms = vec![split(acc as f64, -126)];
         for (a, b) in a.iter().zip(b) {
             let ((x, p), (y, q)) = (split(a.to_f64(), -126), split(b.to_f64(), -126));
-            terms.push((x * y, if x * y == 0.0 { -126 } else { p + q }));
+            terms.push((x * y, if x * y == 0.0 { -133 } else { p + q }));
         }
         let largest = terms.iter().map(|t| t.1).max().unwrap();
         // In two factors: the power alone may leave f64's range.
@@ -164,6 +166,9 @@ mod tests {
         assert_eq!(one_product(-2f32.powi(-25), 1.5, 1.5), 2.25 - 2f32.powi(-22));
         assert_eq!(one_product(-0.0, 0.0, 1.0).to_bits(), 0, "an exact zero is +0");
         assert_eq!(one_product(f32::from_bits(1), 0.0, 1.0).to_bits(), 1, "denormals live");
+        // The grid of a zero accumulator: on that of 2^-126 each of these would lose half of itself, and the sum be 4.
+        let tiny = [bf16::from_f32(1.9375 * 2f32.powi(-76)); 16];
+        assert_eq!(step(0.0, &tiny, &tiny).to_bits(), 7);
         assert_eq!(one_product(f32::MAX, 1e30, 1e30), f32::INFINITY);
         assert!(one_product(f32::INFINITY, f32::NEG_INFINITY, 1.0).is_nan());
     }
