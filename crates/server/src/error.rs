@@ -167,7 +167,7 @@ impl IntoResponse for ApiError {
 /// Of a request at its submission or before.
 impl From<bitfast_llm::Error> for ApiError {
     fn from(error: bitfast_llm::Error) -> Self {
-        use bitfast_llm::Error as E;
+        use bitfast_llm::{Error as E, SleepError};
         let message = error.to_string();
         match error {
             E::InvalidParam { param, .. } => Self::invalid(param, message),
@@ -190,7 +190,8 @@ impl From<bitfast_llm::Error> for ApiError {
             E::Text { what: "chat_template", .. } => Self::invalid("messages", message),
             E::Text { .. } => Self::invalid("prompt", message),
             E::QueueFull { .. } => Self::new(ErrorKind::QueueFull, message),
-            E::Engine(_) => Self::new(ErrorKind::Unavailable, message),
+            E::Sleep(SleepError::Unsupported(_)) => Self::invalid("level", message),
+            E::Engine(_) | E::Sleep(SleepError::Dead(_)) => Self::new(ErrorKind::Unavailable, message),
             _ => Self::new(ErrorKind::Internal, message),
         }
     }
