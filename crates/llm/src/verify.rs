@@ -26,7 +26,7 @@ pub use report::{Difference, Mismatch, Verification};
 pub use transcript::{Recorded, RecordedSample, Transcript};
 
 /// Rows of a step, all of which may be scored: `4 * vocab_size` bytes each.
-const ROWS: usize = 120;
+const ROWS: usize = 48;
 
 /// What of a transcript is verified.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,7 +133,6 @@ impl Verifier {
         self.check_tokens(transcript)?;
         let plans: Vec<Plan> =
             (0..transcript.samples.len()).map(|i| Plan::new(transcript, i, options)).collect();
-        let total = plans.iter().map(Plan::rows).sum();
         if plans.iter().all(|plan| plan.targets.is_empty()) {
             let message =
                 "records neither logprobs nor how its tokens were chosen: there is nothing to compare";
@@ -147,9 +146,19 @@ impl Verifier {
             choices: 0,
             difference: None,
         };
-        let mut done = 0;
+        // The prompt is in the cache after the first sample. Whole blocks of it are kept: a block that is begun anew holds
+        // nothing of what came behind.
+        let whole =
+            |rows: usize| rows.min(transcript.prompt_token_ids.len() - 1) / self.block_size * self.block_size;
+        let mut kept = 0;
+        let mut ranges = Vec::new();
         for plan in &plans {
-            for first in (0..plan.rows()).step_by(ROWS) {
+            ranges.push(kept.min(plan.rows())..plan.rows());
+            kept = kept.max(whole(plan.rows()));
+        }
+        let (mut done, total) = (0, ranges.iter().map(|range| range.len()).sum());
+        for (plan, range) in plans.iter().zip(ranges) {
+            for first in range.step_by(ROWS) {
                 let rows = first..(first + ROWS).min(plan.rows());
                 done += rows.len();
                 self.step(plan, rows, &mut report)?;

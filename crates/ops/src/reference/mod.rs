@@ -5,7 +5,6 @@
 
 mod attention;
 mod hopper;
-pub mod hopper_fast;
 mod linear;
 mod portable;
 mod rows;
