@@ -50,6 +50,8 @@ pub(crate) struct Pool {
     /// Where the caller is to run: on a worker's core the two would take turns, milliseconds at a time.
     caller_core: Option<usize>,
     pinned_caller: Option<ThreadId>,
+    /// Where it may run when it is not pinned; empty: it never was.
+    all_cores: Vec<usize>,
 }
 
 impl Pool {
@@ -65,8 +67,8 @@ impl Pool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let cores: Vec<usize> =
-            first_core.map(|first| allowed_cores().into_iter().skip(first).collect()).unwrap_or_default();
+        let all_cores = first_core.map(|_| allowed_cores()).unwrap_or_default();
+        let cores = all_cores.get(first_core.unwrap_or(0)..).unwrap_or_default();
         // A thread without helpers has nothing to stay apart from.
         let core_of = |id: usize| (threads > 1 && cores.len() >= threads).then(|| cores[id]);
         let workers = (1..threads)
@@ -77,14 +79,14 @@ impl Pool {
                     .name(format!("bitfast-cpu-{id}"))
                     .spawn(move || {
                         if let Some(core) = core {
-                            pin_to(core);
+                            run_on(&[core]);
                         }
                         worker(&shared, id);
                     })
                     .expect("the system starts a thread")
             })
             .collect();
-        Self { shared, workers, caller_core: core_of(0), pinned_caller: None }
+        Self { caller_core: core_of(0), shared, workers, pinned_caller: None, all_cores }
     }
 
     /// Threads, the caller included.
@@ -98,8 +100,16 @@ impl Pool {
         if let Some(core) = self.caller_core
             && self.pinned_caller != caller
         {
-            pin_to(core);
+            run_on(&[core]);
             self.pinned_caller = caller;
+        }
+    }
+
+    /// Lets the calling thread run on all cores again, until it is next pinned: threads that it starts meanwhile
+    /// would be kept on its one core too.
+    pub fn unpin_caller(&mut self) {
+        if self.pinned_caller.take_if(|pinned| *pinned == std::thread::current().id()).is_some() {
+            run_on(&self.all_cores);
         }
     }
 
@@ -270,11 +280,11 @@ fn spread(cores: &[usize], siblings: &[String]) -> Vec<usize> {
 }
 
 #[cfg(target_os = "linux")]
-fn pin_to(core: usize) {
+fn run_on(cores: &[usize]) {
     // SAFETY: as above; only the calling thread is affected, and a refusal changes nothing.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
+        cores.iter().for_each(|core| libc::CPU_SET(*core, &mut set));
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
     }
 }
@@ -285,7 +295,7 @@ fn allowed_cores() -> Vec<usize> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn pin_to(_: usize) {}
+fn run_on(_: &[usize]) {}
 
 /// Part `index` of `0..total` cut into `parts` near-equal ranges.
 pub(crate) fn share(total: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
@@ -366,12 +376,18 @@ mod tests {
     #[test]
     fn the_caller_is_pinned_once_and_only_beside_workers() {
         let cores = allowed_cores();
+        let all = cores.len();
         let pinned = |threads: usize, first_core: Option<usize>| {
             // A thread of its own, whose cores are nobody else's business.
             std::thread::spawn(move || {
                 let mut pool = Pool::new(threads, first_core);
                 pool.pin_caller();
-                allowed_cores()
+                let pinned = allowed_cores();
+                pool.unpin_caller();
+                assert_eq!(allowed_cores().len(), all);
+                pool.pin_caller();
+                assert_eq!(allowed_cores(), pinned);
+                pinned
             })
             .join()
             .unwrap()

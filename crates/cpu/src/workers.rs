@@ -77,8 +77,10 @@ impl Workers {
         self.scratch.iter_mut().try_for_each(|slot| slot.0.get_mut().reserve(bytes))
     }
 
-    /// Gives all scratch memory back; it grows again on demand.
+    /// Gives all scratch memory back, which grows again on demand, and lets the caller leave its core: it may be about
+    /// to load weights, by threads of its own.
     pub fn release(&mut self) {
+        self.pool.unpin_caller();
         self.scratch.iter_mut().for_each(|slot| *slot.0.get_mut() = Buffer::default());
         (self.widened, self.partials) = (Buffer::default(), Buffer::default());
     }
