@@ -3,9 +3,11 @@
 mod common;
 
 use std::io::BufReader;
+use std::path::Path;
 use std::time::Duration;
 
 use bitfast_engine::EngineConfig;
+use bitfast_llm::LoadFormat;
 use common::http::read_reply;
 use common::{Levers, Running, eventually, fake, is_idle, tiny};
 use serde_json::json;
@@ -271,4 +273,50 @@ fn recordings_are_files_that_can_be_fetched() {
     assert_eq!((file.status, &file.body[..2]), (200, &[0x1f, 0x8b][..]));
     let none = Running::start(tiny(|_| ()), |_| ());
     assert_eq!(none.client.post("/debug/profile/start?prefix=a", &json!({})).status, 404);
+}
+
+#[test]
+fn deep_sleep_keeps_requests_and_bits_and_names_what_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/fixtures/models/llama-tied");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(file), dir.path().join(file)).unwrap();
+    }
+    let model = dir.path().display().to_string();
+    let llm = tiny(move |args| (args.model, args.load_format) = (model, LoadFormat::Auto));
+    let server = Running::start(llm, |_| ());
+    let s = server.client;
+    let body = json!({ "prompt": "hello", "max_tokens": 6, "temperature": 0.7, "seed": 42, "logprobs": 3 });
+    let ask = move || s.post("/v1/completions", &body).ok()["choices"].clone();
+    let truth = ask();
+    for level in [1, 2] {
+        let slept = s.post(&format!("/debug/sleep?level={level}"), &json!({})).ok();
+        assert_eq!(slept, json!({ "status": "sleeping", "level": level }));
+        assert_eq!(s.get("/health").status, 200);
+        let asking = std::thread::spawn(ask.clone());
+        eventually("the request queues", || s.get("/debug/batch_info").ok()["num_waiting"] == 1);
+        assert_eq!(s.post("/debug/wake_up", &json!({})).ok(), json!({ "status": "awake" }));
+        assert_eq!(asking.join().unwrap(), truth, "level {level}");
+        assert_eq!(ask(), truth, "after level {level}");
+    }
+    // Its weights are gone: it says which, sleeps on, and can be woken once they are back.
+    let (there, away) = (dir.path().join("model.safetensors"), dir.path().join("away"));
+    s.post("/debug/sleep?level=2", &json!({})).ok();
+    std::fs::rename(&there, &away).unwrap();
+    let failed = s.post("/debug/wake_up", &json!({}));
+    let message = failed.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(failed.status, 500);
+    assert!(
+        message.contains("stays asleep") && message.contains(&dir.path().display().to_string()),
+        "{message}"
+    );
+    assert_eq!(s.get("/is_sleeping").ok(), json!({ "is_sleeping": true }));
+    std::fs::rename(&away, &there).unwrap();
+    s.post("/debug/wake_up", &json!({})).ok();
+    assert_eq!(ask(), truth);
+
+    let shallow = Running::start(fake(&Levers::default(), Default::default()), |_| ());
+    let refused = shallow.client.post("/debug/sleep?level=1", &json!({})).status;
+    // The simulator's model can do it, but not behind the levers.
+    assert_eq!(refused, 400);
 }
