@@ -395,7 +395,7 @@ fn compile(library: &std::path::Path, cases: &[Case]) -> Result<(), Box<dyn Erro
         if !seen.insert(key) && (case.spec.n, case.spec.k) != (4096, 4096) {
             continue;
         }
-        let (_, log) = jit.report(&case.variant.source(&case.spec))?;
+        let (_, log) = jit.report(bitfast_cuda::jit::ARCH, &case.variant.source(&case.spec))?;
         let lines: Vec<&str> = log
             .lines()
             .map(str::trim)
