@@ -126,6 +126,18 @@ fn logprobs_are_equal_as_text_whatever_else_is_asked() {
     }
 }
 
+#[test]
+fn engines_that_share_the_work_give_the_bits_of_one() {
+    let one = Running::start(tiny(|_| ()), |_| ());
+    let truth = alone(&one.client);
+    let three = Running::start(tiny(|args| args.data_parallel_size = 3), |_| ());
+    assert_eq!(differences(&at_once(&three.client), &truth), 0, "32 requests at once on three engines");
+    assert_eq!(differences(&in_one_list(&three.client), &truth), 0, "a list on three engines");
+    let page = three.client.get("/metrics").text();
+    let idle = page.lines().filter(|l| l.starts_with("vllm:generation_tokens_total") && l.ends_with("} 0"));
+    assert_eq!(idle.count(), 0, "an engine had nothing to do");
+}
+
 /// The control: without the law the comparison finds differences.
 #[test]
 fn without_batch_invariance_the_comparison_fails() {

@@ -121,10 +121,11 @@ fn five_hundred_streams_at_once_are_their_solo_runs() {
     assert_eq!(check_load(|round| round == 2), 2 * CLIENTS);
 }
 
-/// `cargo test -p bitfast-server --test load -- --ignored --nocapture`
+/// `cargo test -p bitfast-server --test load -- --ignored --nocapture`; `LOAD_SECONDS=600` makes it longer.
 #[test]
 #[ignore = "takes more than a minute"]
 fn five_hundred_streams_for_a_minute_leave_nothing_behind() {
+    let seconds = std::env::var("LOAD_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
     let start = Instant::now();
     let samples = Mutex::new(Vec::new());
     let done = check_load(|_| {
@@ -132,12 +133,13 @@ fn five_hundred_streams_for_a_minute_leave_nothing_behind() {
         if start.elapsed() > Duration::from_secs(10 * (1 + samples.len() as u64)) {
             samples.push(resident_mib());
         }
-        start.elapsed() > Duration::from_secs(60)
+        start.elapsed() > Duration::from_secs(seconds)
     });
     let samples = samples.into_inner().unwrap();
     println!("{done} streams; resident MiB every 10 s: {samples:?}");
-    let (first, last) = (samples[0], samples[samples.len() - 1]);
-    assert!(last <= first + 32, "memory grew: {samples:?} MiB");
+    // The allocator's arenas fill up during the first half; a kilobyte left by each stream would show in the second.
+    let (half, last) = (samples[samples.len() / 2], samples[samples.len() - 1]);
+    assert!(last <= half + 16, "memory grew: {samples:?} MiB");
 }
 
 #[test]

@@ -12,7 +12,10 @@ use common::{Running, tiny};
 #[test]
 #[ignore = "needs Python packages; .ci/run installs them and runs it"]
 fn the_openai_client_understands_every_answer() {
-    let server = Running::start(tiny(|_| ()), |config| config.api_keys = vec!["key".into()]);
+    let server = Running::start(tiny(|_| ()), |config| {
+        config.api_keys = vec!["key".into()];
+        config.tool_call_parser = Some("hermes".into());
+    });
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new("python3")
         .arg(here.join("tests/python/check.py"))

@@ -54,6 +54,35 @@ def chat():
     assert text == answer.choices[0].message.content
 
 
+def structured_and_tools():
+    messages = [{"role": "user", "content": "q"}]
+    asked = dict(model="tiny-llama", messages=messages, max_completion_tokens=400, seed=5)
+    schema = {
+        "type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["n"], "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(**asked, response_format=form).choices[0]
+    assert answer.finish_reason == "stop" and 1 <= json.loads(answer.message.content)["n"] <= 9, answer
+
+    city = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Bern"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": city}}]
+    asked |= dict(tools=tools, tool_choice="required", parallel_tool_calls=False)
+    answer = client.chat.completions.create(**asked).choices[0]
+    call = answer.message.tool_calls[0]
+    assert answer.finish_reason == "tool_calls" and call.function.name == "weather", answer
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Bern")
+    arguments, name = "", None
+    for part in client.chat.completions.create(**asked, stream=True):
+        for piece in part.choices[0].delta.tool_calls or []:
+            name = name or piece.function.name
+            arguments += piece.function.arguments or ""
+    assert (name, arguments) == ("weather", call.function.arguments)
+
+
 def responses():
     asked = dict(model="tiny-llama", input="q", instructions="i", max_output_tokens=6, temperature=0)
     answer = client.responses.create(**asked)
@@ -107,6 +136,6 @@ def documented_example():
     assert crowd[0] != alone, "the control: another prompt has other logprobs"
 
 
-for check in (completions, chat, responses, models_and_errors, documented_example):
+for check in (completions, chat, structured_and_tools, responses, models_and_errors, documented_example):
     check()
     print(f"{check.__name__}: ok")
