@@ -96,11 +96,11 @@ impl ScoreTile {
 
 /// The parts of the softmax that compilers do not turn into good vectors.
 pub(super) trait Kit {
-    /// The largest of the first `valid` scores, or -infinity, by [`larger`] in one fixed order.
+    /// The largest of the first `valid` scores (all, unless `MASKED`) and -infinity, by [`larger`] in one fixed order.
     ///
     /// # Safety
     /// The machine has the instructions.
-    unsafe fn largest(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32;
+    unsafe fn largest<const MASKED: bool>(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32;
 
     /// l[(j mod 8) / 2] += P[j], ascending, for every row.
     ///
@@ -113,11 +113,16 @@ struct Plain;
 
 impl Kit for Plain {
     #[inline(always)]
-    unsafe fn largest(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
-        let counted = |key: usize| if key < valid { s[key] } else { f32::NEG_INFINITY };
-        let lanes: [f32; 16] = std::array::from_fn(|i| {
-            larger(larger(counted(i), counted(i + 16)), larger(counted(i + 32), counted(i + 48)))
-        });
+    unsafe fn largest<const MASKED: bool>(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
+        let mut counted = [0f32; ATTN_TILE_KEYS];
+        for key in 0..ATTN_TILE_KEYS {
+            let mask = ones::<MASKED>(key, valid);
+            counted[key] = f32::from_bits(s[key].to_bits() & mask | f32::NEG_INFINITY.to_bits() & !mask);
+        }
+        let mut lanes = [0f32; 16];
+        for i in 0..16 {
+            lanes[i] = larger(larger(counted[i], counted[i + 16]), larger(counted[i + 32], counted[i + 48]));
+        }
         max16(lanes)
     }
 
@@ -178,6 +183,12 @@ fn body<K: Kit>(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: 
     unsafe { K::add_keys(state, tile) };
 }
 
+/// All ones for a key that counts: a select without a branch, so that loops stay vectors.
+#[inline(always)]
+fn ones<const MASKED: bool>(key: usize, valid: usize) -> u32 {
+    if MASKED { (((key as u32) < valid as u32) as u32).wrapping_neg() } else { u32::MAX }
+}
+
 /// One row of a tile, of which the first `valid` keys count: scores become probabilities; returns the factor that
 /// O is to be scaled by. `MASKED` false says that all keys count.
 #[inline(always)]
@@ -187,17 +198,14 @@ fn softmax_row<K: Kit, const MASKED: bool>(
     valid: usize,
     scale: f32,
 ) -> f32 {
-    // All ones for a key that counts: a select without a branch, so that the loops stay vectors.
-    let mask =
-        |key: usize| if MASKED { (((key as u32) < valid as u32) as u32).wrapping_neg() } else { u32::MAX };
     // SAFETY: `body` is compiled with the instructions of `K`.
-    let largest = unsafe { K::largest(s, valid) };
+    let largest = unsafe { K::largest::<MASKED>(s, valid) };
     // The scale is positive, so the largest score is the largest scaled score.
     let max = larger(row.max, (largest * scale).ceil());
     let scaled = exact::pow2i(row.max - max);
     for (key, s) in s.iter_mut().enumerate() {
         let e = exact::exp2_poly3(larger(s.mul_add(scale, -max), -125.0));
-        *s = f32::from_bits(e.to_bits() & mask(key));
+        *s = f32::from_bits(e.to_bits() & ones::<MASKED>(key, valid));
     }
     row.max = max;
     row.sums = row.sums.map(|l| l * scaled);

@@ -10,9 +10,9 @@ pub(super) struct Avx512;
 
 impl Kit for Avx512 {
     #[inline(always)]
-    unsafe fn largest(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
+    unsafe fn largest<const MASKED: bool>(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
         // SAFETY: the caller's promise.
-        unsafe { largest(s, valid) }
+        unsafe { largest(s, if MASKED { valid } else { ATTN_TILE_KEYS }) }
     }
 
     #[inline(always)]
