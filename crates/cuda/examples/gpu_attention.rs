@@ -120,7 +120,7 @@ fn decodes(spec: &AttentionSpec) -> Vec<Tiling> {
 
 fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
     let with = |row_warps, slots, share| Tiling { row_warps, dim_warps: 1, slots, min_ctas: 1, share };
-    vec![Tiling::prefill(spec), with(8, 4, Share::Pipelined), with(8, 4, Share::Whole)]
+    vec![Tiling::prefill(spec), with(8, 8, Share::Paired), with(8, 4, Share::Whole)]
 }
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -4,7 +4,7 @@
 // A cluster of KSPLIT CTAs computes one tile of 64 * WGS outputs x TB tokens; each CTA has an equal run of leaves, and
 // partial tiles join through distributed shared memory (of a fold, every leaf's). Weights are requested before the previous kernel in the stream has ended.
 //
-// Macros: N K LEAVES TREE LOGITS TB WGS STAGES KSPLIT MIN_CTAS
+// Macros: N K LEAVES TREE LOGITS [SILU] TB WGS STAGES KSPLIT MIN_CTAS
 #define ROWS (64 * WGS)
 #define A_BYTES (ROWS * 128)
 #define B_BYTES (TB * 128)
@@ -20,6 +20,7 @@ static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 
 // Partial tiles of a CTA: of a tree its subtree's sum, of a shared fold each leaf.
 #define PARTS (KSPLIT > 1 && !TREE ? CTA_LEAVES : 1)
 static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
+static_assert(!SILU || (LEAVES == 1 && KSPLIT == 1 && !LOGITS && N % 16 == 0), "gates and ups are whole sums, 8 by 8");
 
 constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
 
@@ -40,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
         }
         mbar_init_fence();
         const int k0 = rank * CTA_BLOCKS * 64;
-        auto load_w = [&](int i) { tma_load_2d(stage0 + i % STAGES * STAGE_BYTES, &map_w, k0 + i * 64, n0, full + 8 * (i % STAGES), CACHE_EVICT_FIRST); };
+        auto load_w = [&](int i) { load_weights(stage0 + i % STAGES * STAGE_BYTES, &map_w, k0 + i * 64, n0, full + 8 * (i % STAGES), CACHE_EVICT_FIRST); };
         auto load_x = [&](int i) { tma_load_2d(stage0 + i % STAGES * STAGE_BYTES + A_BYTES, &map_x, k0 + i * 64, m0, full + 8 * (i % STAGES), CACHE_EVICT_LAST); };
         constexpr int EARLY = STAGES < CTA_BLOCKS ? STAGES : CTA_BLOCKS;
         for (int i = 0; i < EARLY; i++) {
@@ -61,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
                 const u32 bar = full + 8 * ring.slot, at = stage0 + ring.slot * STAGE_BYTES;
                 mbar_wait(empty + 8 * ring.slot, ring.phase);
                 mbar_expect_tx(bar, STAGE_BYTES);
-                tma_load_2d(at, &map_w, k0 + i * 64, n0, bar, CACHE_EVICT_FIRST);
+                load_weights(at, &map_w, k0 + i * 64, n0, bar, CACHE_EVICT_FIRST);
                 tma_load_2d(at + A_BYTES, &map_x, k0 + i * 64, m0, bar, CACHE_EVICT_LAST);
             }
         }
@@ -103,6 +104,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
     }
     if (KSPLIT > 1) cluster_sync();
     else __syncthreads();
+    if (SILU) { // 4 outputs a thread, from 4 gates and the 4 ups 8 rows on
+        for (int i = threadIdx.x; i < TB * (ROWS / 8); i += THREADS) {
+            const int token = i / (ROWS / 8), col = i % (ROWS / 8) * 4, n = n0 / 2 + col;
+            const long m = m0 + token;
+            if (m >= tokens || n >= N / 2) continue;
+            const u32 at = out_tile + (token * PITCH + col / 8 * 16 + col % 8) * 4;
+            const float4 g = smem_load4(at), u = smem_load4(at + 32);
+            *(uint2*)((bf16*)y + m * (N / 2) + n) = make_uint2(silu_mul_pair(g.x, u.x, g.y, u.y), silu_mul_pair(g.z, u.z, g.w, u.w));
+        }
+        return;
+    }
     // CTA r joins and writes every KSPLIT-th token, 4 outputs a thread.
     for (int i = threadIdx.x; i < TB / KSPLIT * (ROWS / 4); i += THREADS) {
         const int token = i / (ROWS / 4) * KSPLIT + rank, col = i % (ROWS / 4) * 4;

@@ -1,7 +1,11 @@
 // The plainest linear in the hopper order: one warp a tile of 16 outputs x 8 tokens, leaf after leaf, straight from
 // global memory. The referee of the fast kernels on the device itself, and part of the self-check.
 //
-// Macros: N K LEAVES TREE LOGITS
+// Macros: N K LEAVES TREE LOGITS [SILU]
+#ifndef SILU
+#define SILU 0
+#endif
+static_assert(!SILU || (LEAVES == 1 && N % 16 == 0), "gates and ups are whole sums, 8 by 8");
 extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__ x, const bf16* __restrict__ w, void* __restrict__ y, int tokens) {
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     launch_dependents();
@@ -12,8 +16,10 @@ extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__
         u32 lo = row_exists && k < K ? p[k] : 0, hi = row_exists && k + 1 < K ? p[k + 1] : 0;
         return lo | hi << 16;
     };
-    const bool a0 = n0 + g < N, a1 = n0 + g + 8 < N, b0 = m0 + g < tokens;
-    const bf16 *w0 = w + (long)(n0 + g) * K, *w1 = w0 + 8l * K, *x0 = x + (m0 + g) * K;
+    // SILU: rows 0 to 7 are gates, 8 to 15 their ups.
+    const int row = SILU ? n0 / 2 + g : n0 + g;
+    const bool a0 = row < N, a1 = SILU || row + 8 < N, b0 = m0 + g < tokens;
+    const bf16 *w0 = w + (long)row * K, *w1 = w0 + (SILU ? N / 2 : 8) * (long)K, *x0 = x + (m0 + g) * K;
     constexpr int LEAF = (K + LEAVES - 1) / LEAVES;
     float v[LEAVES][4];
 #pragma unroll
@@ -38,7 +44,9 @@ extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__
         long m = m0 + 2 * t + (q & 1);
         int n = n0 + g + (q >> 1) * 8;
         if (m >= tokens || n >= N) continue;
-        if (LOGITS) ((float*)y)[m * N + n] = v[0][q];
+        if (SILU) {
+            if (q < 2) ((bf16*)y)[m * (N / 2) + n0 / 2 + g] = (bf16)silu_mul_pair(v[0][q], v[0][q + 2], 0.f, 0.f);
+        } else if (LOGITS) ((float*)y)[m * N + n] = v[0][q];
         else ((bf16*)y)[m * N + n] = (bf16)pack_bf16(v[0][q], 0.f);
     }
 }

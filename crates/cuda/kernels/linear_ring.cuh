@@ -1,5 +1,21 @@
 // Shared by the warpgroup linears: the ring of TMA slots, the stack of running sums, the order of tiles.
 
+// SILU: the matrix is gate rows, then as many up rows, and the output SiLU(gate) * up. Tiles then hold 8 gate rows, the 8 up rows of the
+// same outputs, the next 8 gate rows and so on (a tensor map of rank 4 reads them so), so that a thread has both factors of an output.
+#ifndef SILU
+#define SILU 0
+#endif
+
+// Weights of a tile from its row n0 on, 64 of k.
+__device__ __forceinline__ void load_weights(u32 dst, const TensorMap* map, int k, int n0, u32 bar, u64 policy) {
+    if (SILU) tma_load_4d(dst, map, k, 0, 0, n0 / 16, bar, policy);
+    else tma_load_2d(dst, map, k, n0, bar, policy);
+}
+__device__ __forceinline__ void load_weights_multicast(u32 dst, const TensorMap* map, int k, int n0, u32 bar, u16 mask, u64 policy) {
+    if (SILU) tma_load_4d_multicast(dst, map, k, 0, 0, n0 / 16, bar, mask, policy);
+    else tma_load_2d_multicast(dst, map, k, n0, bar, mask, policy);
+}
+
 struct Ring {
     u32 slot, phase;
     __device__ __forceinline__ void next() {

@@ -9,7 +9,7 @@
 // each level's TB / 2 floats a thread stay in registers, the rest in shared memory. For 128 x 256 a fold fits, for
 // 128 x 192 a tree of 4, for 128 x 128 a tree of 8.
 //
-// Macros: N K LEAVES TREE TB STAGES CLUSTER OUT_BUFFERS OUT_COLS GROUP REGS0 REGS1 REGS2
+// Macros: N K LEAVES TREE [SILU] TB STAGES CLUSTER OUT_BUFFERS OUT_COLS GROUP REGS0 REGS1 REGS2
 #define A_BYTES (128 * 128)
 #define B_BYTES (TB * 128)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
@@ -21,6 +21,9 @@
 static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
 static_assert(TB % 64 == 0, "shape");
 static_assert(!LOGITS, "writes bf16");
+static_assert(!SILU || N % 16 == 0, "gates and ups alternate, 8 by 8");
+#define OUTPUTS (SILU ? TB / 2 : TB) // of a tile
+static_assert(OUTPUTS % OUT_COLS == 0, "whole buffers");
 
 // Unrolled, a tree's levels are known at each leaf; a fold's loop keeps the accumulator in one block of registers.
 constexpr int LEAF_UNROLL = TREE && LEAVES > 2 ? LEAVES : 1;
@@ -37,23 +40,34 @@ __device__ __forceinline__ void release(u32 bar, int lane) {
 __device__ __forceinline__ void write_tile(const Level<ACC, REGS0>& tile, u32 area, const TensorMap* map, int row0, int col0, int lane) {
     const int row = lane & 15;
 #pragma unroll
-    for (int chunk = 0; chunk < TB / OUT_COLS; chunk++) {
+    for (int chunk = 0; chunk < OUTPUTS / OUT_COLS; chunk++) {
         const u32 buffer = area + chunk % OUT_BUFFERS * (OUT_COLS * 32);
         if (lane == 0) bulk_wait_read<OUT_BUFFERS - 1>();
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < OUT_COLS / 8; j += 2) {
-            const int at = (chunk * (OUT_COLS / 8) + j) * 4;
-            const float4 u = tile.get(at), v = tile.get(at + 4);
+            u32 r[4]; // 8 columns of 8 rows, the next 8 rows, the next 8 columns
+            if (SILU) {
+                const int at = (chunk * (OUT_COLS / 8) + j) * 8;
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const float4 g = tile.get(at + 8 * side), u = tile.get(at + 8 * side + 4);
+                    r[2 * side] = silu_mul_pair(g.x, u.x, g.y, u.y), r[2 * side + 1] = silu_mul_pair(g.z, u.z, g.w, u.w);
+                }
+            } else {
+                const int at = (chunk * (OUT_COLS / 8) + j) * 4;
+                const float4 u = tile.get(at), v = tile.get(at + 4);
+                r[0] = pack_bf16(u.x, u.y), r[1] = pack_bf16(u.z, u.w), r[2] = pack_bf16(v.x, v.y), r[3] = pack_bf16(v.z, v.w);
+            }
             const int unit = j + (lane >> 4), swizzle = OUT_COLS == 64 ? row & 7 : (row >> 1) & 3;
             const u32 dst = buffer + row * (OUT_COLS * 2) + ((unit ^ swizzle) << 4);
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(pack_bf16(u.x, u.y)),
-                         "r"(pack_bf16(u.z, u.w)), "r"(pack_bf16(v.x, v.y)), "r"(pack_bf16(v.z, v.w)) : "memory");
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+                         "r"(r[3]) : "memory");
         }
         async_proxy_fence();
         __syncwarp();
         if (lane == 0) {
-            if (col0 + chunk * OUT_COLS < N) tma_store_2d(map, col0 + chunk * OUT_COLS, row0, buffer);
+            if (col0 + chunk * OUT_COLS < (SILU ? N / 2 : N)) tma_store_2d(map, col0 + chunk * OUT_COLS, row0, buffer);
             bulk_commit();
         }
     }
@@ -95,9 +109,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1
                     mbar_wait(empty + 8 * ring.slot, ring.phase);
                     mbar_expect_tx(bar, STAGE_BYTES);
                     tma_load_2d(at, &map_x, kb * 64, token0, bar, CACHE_EVICT_NORMAL);
-                    if (CLUSTER == 1) tma_load_2d(at + A_BYTES, &map_w, kb * 64, out0, bar, CACHE_EVICT_NORMAL);
+                    if (CLUSTER == 1) load_weights(at + A_BYTES, &map_w, kb * 64, out0, bar, CACHE_EVICT_NORMAL);
                     else
-                        tma_load_2d_multicast(at + A_BYTES + rank * (B_BYTES / CLUSTER), &map_w, kb * 64, out0, bar,
+                        load_weights_multicast(at + A_BYTES + rank * (B_BYTES / CLUSTER), &map_w, kb * 64, out0, bar,
                                               (u16)((1 << CLUSTER) - 1), CACHE_EVICT_NORMAL);
                 }
             }
@@ -139,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1
         auto write = [&](int tile) {
             int a, b;
             tile_at(tile, a_tiles, b_tiles, a, b);
-            write_tile(sums.level0, area, &map_y, (a * CLUSTER + rank) * 128 + warp * 16, b * TB, lane);
+            write_tile(sums.level0, area, &map_y, (a * CLUSTER + rank) * 128 + warp * 16, b * OUTPUTS, lane);
         };
         for (int tile = first; tile < tiles; tile += step) {
             first_of_leaf();

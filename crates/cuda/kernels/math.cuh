@@ -13,10 +13,10 @@ __device__ __forceinline__ float hi_bf16(u32 pair) { return __uint_as_float(pair
 __device__ __forceinline__ bf16 f32_to_bf16(float x) { return (bf16)pack_bf16(x, 0.f); }
 
 // c[0] + x (c[1] + x (...)) by fma, highest power first; coefficients by their bits.
-template <int N> __device__ __forceinline__ float horner(const u32 (&c)[N], float x) {
-    float p = __uint_as_float(c[N - 1]);
+template <int COUNT> __device__ __forceinline__ float horner(const u32 (&c)[COUNT], float x) {
+    float p = __uint_as_float(c[COUNT - 1]);
 #pragma unroll
-    for (int i = N - 2; i >= 0; i--) p = __fmaf_rn(p, x, __uint_as_float(c[i]));
+    for (int i = COUNT - 2; i >= 0; i--) p = __fmaf_rn(p, x, __uint_as_float(c[i]));
     return p;
 }
 
@@ -71,16 +71,25 @@ __device__ __forceinline__ float log2_full(float x) {
     return log2_1p(__fsub_rn(m, 1.f), e);
 }
 
+__device__ __forceinline__ float silu_mul(float g, float u) {
+    return __fmul_rn(__fdiv_rn(g, __fadd_rn(1.f, exp2_full(__fmul_rn(-g, LOG2_E)))), u);
+}
+// The same of two pairs, g and u rounded to bf16 before, the results after.
+__device__ __forceinline__ u32 silu_mul_pair(float g0, float u0, float g1, float u1) {
+    const u32 g = pack_bf16(g0, g1), u = pack_bf16(u0, u1);
+    return pack_bf16(silu_mul(lo_bf16(g), lo_bf16(u)), silu_mul(hi_bf16(g), hi_bf16(u)));
+}
+
 // The larger one; a NaN in b does not count.
 __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
 
-// Adjacent-pair tree over N (a power of two) values of a thread, lowest index bit first.
-template <int N> __device__ __forceinline__ float tree_of(const float (&v)[N]) {
-    if constexpr (N == 1) return v[0];
+// Adjacent-pair tree over COUNT (a power of two) values of a thread, lowest index bit first.
+template <int COUNT> __device__ __forceinline__ float tree_of(const float (&v)[COUNT]) {
+    if constexpr (COUNT == 1) return v[0];
     else {
-        float half[N / 2];
+        float half[COUNT / 2];
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) half[i] = __fadd_rn(v[2 * i], v[2 * i + 1]);
+        for (int i = 0; i < COUNT / 2; i++) half[i] = __fadd_rn(v[2 * i], v[2 * i + 1]);
         return tree_of(half);
     }
 }

@@ -90,6 +90,18 @@ __device__ __forceinline__ void tma_load_2d_multicast(u32 dst, const TensorMap* 
             dst),
         "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(mask), "l"(policy) : "memory");
 }
+__device__ __forceinline__ void tma_load_4d(u32 dst, const TensorMap* map, int c0, int c1, int c2, int c3, u32 bar, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
+            dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(bar), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void tma_load_4d_multicast(u32 dst, const TensorMap* map, int c0, int c1, int c2, int c3, u32 bar, u16 mask, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(
+            dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(bar), "h"(mask), "l"(policy) : "memory");
+}
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, int c0, int c1, u32 src) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(c0), "r"(c1), "r"(src)
                  : "memory");

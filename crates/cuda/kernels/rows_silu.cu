@@ -1,9 +1,6 @@
 // out[r][i] = bf16((g / (1 + exp2(-g log2 e))) u), g = x[r][i], u = x[r][INNER + i].
 //
 // Macros: INNER
-__device__ __forceinline__ float silu_mul(float g, float u) {
-    return __fmul_rn(__fdiv_rn(g, __fadd_rn(1.f, exp2_full(__fmul_rn(-g, LOG2_E)))), u);
-}
 extern "C" __global__ void __launch_bounds__(256) silu(const bf16* __restrict__ x, bf16* __restrict__ out) {
     launch_dependents();
     wait_for_producers();

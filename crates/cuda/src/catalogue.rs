@@ -2,7 +2,7 @@
 
 use bitfast_ops::{LinearKind, NormDesc};
 
-use crate::attention::{AttentionSpec, Tiling};
+use crate::attention::{AttentionSpec, Share, Tiling};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
 use crate::rows::{QkvPrepSpec, RowOp};
@@ -46,6 +46,10 @@ pub fn kernels() -> Vec<KernelSource> {
         sources.push(Variant::Reference.source(&spec));
         let tokens = [1, 8, 9, 17, 33, 49, 65, 97, 129, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
         sources.extend(tokens.iter().map(|t| plan(&spec, *t, 132).source(&spec)));
+        if let (LinearKind::GateUp, Some(fused)) = (kind, spec.fused()) {
+            sources.push(Variant::Reference.source(&fused));
+            sources.extend([8, 64, 256, 8192].map(|t| plan(&fused, t, 132).source(&fused)));
+        }
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
@@ -70,6 +74,7 @@ fn attention_kernels() -> impl Iterator<Item = KernelSource> {
     HEADS
         .into_iter()
         .flat_map(|spec| [Tiling::decode(&spec), Tiling::prefill(&spec)].map(|tiling| tiling.source(&spec)))
+        .chain([Tiling { share: Share::Paired, ..Tiling::prefill(&HEADS[0]) }.source(&HEADS[0])])
 }
 
 fn row_kernels() -> Vec<KernelSource> {

@@ -234,6 +234,23 @@ fn every_tiling_equals_the_reference() {
     println!("attention: {compared} runs equal the reference, {} kernels", sources.len());
 }
 
+/// The prefill plan that takes two tiles of keys at a time, which no backend uses before this has passed.
+#[test]
+#[ignore = "needs an H100 or H200; has not been run yet"]
+fn paired_tiles_equal_the_reference() {
+    let gpu = gpu();
+    let tiling = Tiling { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Paired };
+    for (s, spec) in specs().iter().filter(|s| s.head_dim <= 128).enumerate() {
+        for (b, shapes) in batches().iter().enumerate() {
+            let batch = Batch::new(*spec, shapes, (s * 10 + b) as u64 + 1);
+            let expected = bytes(&batch.reference(Class::Hopper));
+            let parts = [(tiling, (0..shapes.len()).collect())];
+            let difference = check(&gpu, &batch, &upload(&gpu, &batch), &parts, &expected);
+            assert_eq!(difference, None, "{spec:?}");
+        }
+    }
+}
+
 /// A step as an engine queues it: qkv_prep, then attention that starts before it has ended and reads what it stores. Two steps take turns on
 /// the same slots, so that reading too early shows.
 #[test]

@@ -22,6 +22,8 @@ const SHARED: &str = include_str!("../../kernels/attention.cuh");
 const PAGED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_paged.cu")];
 const PREFILL: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_prefill.cu")];
 
+const PAIRS: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_pairs.cu")];
+
 /// Shared memory that a block may use on sm_90, bytes.
 const SMEM_LIMIT: usize = 232_448;
 
@@ -75,6 +77,8 @@ pub enum Share {
     HalfSplit,
     /// As `Whole`, on two warpgroups of 64 rows with a pipeline of their own; for heads of up to 128.
     Pipelined,
+    /// As `Pipelined`, two tiles of keys at a time and queries in shared memory. Compiles, has not been run on a card yet: no plan picks it.
+    Paired,
 }
 
 impl Tiling {
@@ -108,13 +112,13 @@ impl Tiling {
 
     /// Threads of a block: the consumers and one producer warp, or warpgroup.
     pub fn threads(&self) -> usize {
-        let producers = if self.share == Share::Pipelined { 4 } else { 1 };
+        let producers = if matches!(self.share, Share::Pipelined | Share::Paired) { 4 } else { 1 };
         32 * (self.row_warps * self.dim_warps + producers)
     }
 
     /// Whether a block takes all splits of its rows.
     pub(crate) fn is_whole(&self) -> bool {
-        matches!(self.share, Share::Whole | Share::Pipelined)
+        matches!(self.share, Share::Whole | Share::Pipelined | Share::Paired)
     }
 
     /// The kernel's source for `spec`.
@@ -134,6 +138,10 @@ impl Tiling {
             assert!((self.row_warps, self.dim_warps) == (8, 1) && spec.head_dim <= 128, "{self:?}");
             return KernelSource { name: "attention_prefill", parts: PREFILL, defines, wgmma_n: None };
         }
+        if self.share == Share::Paired {
+            assert!((self.row_warps, self.dim_warps, self.slots) == (8, 1, 8), "{self:?}");
+            return KernelSource { name: "attention_pairs", parts: PAIRS, defines, wgmma_n: Some(128) };
+        }
         defines.extend([
             ("ROW_WARPS", self.row_warps as i64),
             ("DIM_WARPS", self.dim_warps as i64),
@@ -148,7 +156,8 @@ impl Tiling {
     pub fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
         let ring = self.slots * (BLOCK_TOKENS * spec.head_dim * 2 + 16);
         let fold = if self.is_whole() { 16 * self.row_warps * spec.head_dim * 4 } else { 0 };
-        let bytes = ring + fold;
+        let queries = if self.share == Share::Paired { 16 * self.row_warps * spec.head_dim * 2 } else { 0 };
+        let bytes = ring + fold + queries;
         assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
         bytes
     }

@@ -238,6 +238,50 @@ pub struct TensorMap {
 }
 
 impl Device {
+    /// A tensor map over `2 half` rows of `k` bf16 at `ptr` that reads 8 rows of the first half, the same 8 of the second half, the next 8 of the
+    /// first and so on: boxes of `box_rows` such rows x 64 columns in the 128-byte swizzle. `half` is a multiple of 8. Coordinates are
+    /// (column, 0, 0, row / 16).
+    ///
+    /// # Errors
+    /// The driver's: an alignment or extent that TMA lacks.
+    pub fn tensor_map_alternating(
+        &self,
+        ptr: u64,
+        half: usize,
+        k: usize,
+        box_rows: usize,
+    ) -> Result<TensorMap> {
+        assert!(half.is_multiple_of(8) && box_rows.is_multiple_of(16), "{box_rows} rows of 2 x {half}");
+        let row = k as u64 * 2;
+        // Column, row of 8, half, eight.
+        let dims = [k as u64, 8, 2, half as u64 / 8];
+        let strides = [row, half as u64 * row, 8 * row];
+        let box_dims = [64u32, 8, 2, box_rows as u32 / 16];
+        let steps = [1u32; 4];
+        const BF16: c_int = 9;
+        const SWIZZLE_128B: c_int = 3;
+        const PROMOTION_L2_256B: c_int = 3;
+        let mut map = TensorMap { raw: RawTensorMap([0; 16]) };
+        // SAFETY: rank 4: four dims, three strides, four box extents, four steps; the driver validates the values.
+        self.check("cuTensorMapEncodeTiled", unsafe {
+            (self.api().tensor_map_tiled)(
+                &raw mut map.raw,
+                BF16,
+                4,
+                ptr as *mut _,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                box_dims.as_ptr(),
+                steps.as_ptr(),
+                0,
+                SWIZZLE_128B,
+                PROMOTION_L2_256B,
+                0,
+            )
+        })?;
+        Ok(map)
+    }
+
     /// Encodes a tensor map.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-use super::LinearSpec;
+use super::{LinearSpec, Output};
 use crate::jit::KernelSource;
 
 /// Launch plan of `kernels/linear_few.cu`; see there.
@@ -14,6 +14,7 @@ pub struct Few {
 
 impl Few {
     pub(super) fn source(&self, spec: &LinearSpec) -> KernelSource {
+        assert!(spec.output != Output::SiluMul, "linear_few does not multiply gates and ups");
         let mut defines = spec.defines();
         defines.extend([
             ("TILES", self.tiles as i64),
@@ -40,8 +41,11 @@ impl Few {
         warps * self.stages * (2048 + 8) + x + 16 + partial
     }
 
-    /// The plan with `tiles` tiles a block and as many stages as fit in `smem` bytes; none if activations alone do not.
+    /// The plan with `tiles` tiles a block and as many stages as fit in `smem` bytes; none if activations alone do not, or for gates and ups.
     pub fn fitting(spec: &LinearSpec, tokens: usize, tiles: usize, smem: usize) -> Option<Self> {
+        if spec.output == Output::SiluMul {
+            return None;
+        }
         let mut plan = Self { tiles, token_eights: tokens.div_ceil(8), stages: 1 };
         let rest = smem.checked_sub(plan.smem_bytes(spec))?;
         plan.stages += rest / (plan.warps(spec) * 2056);

@@ -11,6 +11,7 @@ use crate::driver::{
     Arg, Buffer, Device, Kernel, Launch, Overlap, Stream, TensorMap, TensorMapDesc, TensorMapElement,
 };
 use crate::jit::{Jit, KernelSource};
+use crate::rows::MATH;
 
 mod few;
 mod narrow;
@@ -45,6 +46,8 @@ pub enum Output {
     Bf16,
     /// The fp32 sum: logits, and partial sums of tensor-parallel ranks.
     F32,
+    /// Of gate rows, then as many up rows: `bf16(silu(g) * u)`, g and u rounded before. Half as many outputs as rows.
+    SiluMul,
 }
 
 impl LinearSpec {
@@ -58,23 +61,37 @@ impl LinearSpec {
         Self { n, k, order, output }
     }
 
+    /// This layer of gate and up rows with the product of both as its output; none where its shape does not allow it. The kernels for
+    /// it compile but have not been run on a card yet: the backend still multiplies in a kernel of its own.
+    pub fn fused(self) -> Option<Self> {
+        (self.n.is_multiple_of(16) && self.k.is_multiple_of(8) && self.order.leaves == 1)
+            .then_some(Self { output: Output::SiluMul, ..self })
+    }
+
+    /// Elements of an output row.
+    pub fn outputs(&self) -> usize {
+        if self.output == Output::SiluMul { self.n / 2 } else { self.n }
+    }
+
     fn output_bytes(&self) -> usize {
         match self.output {
-            Output::Bf16 => 2,
+            Output::Bf16 | Output::SiluMul => 2,
             Output::F32 => 4,
         }
     }
 
     /// Macros that every linear kernel takes.
     fn defines(&self) -> Vec<(&'static str, i64)> {
-        vec![
+        let mut defines = vec![
             ("N", self.n as i64),
             ("K", self.k as i64),
             ("LEAVES", self.order.leaves as i64),
             // Of two leaves a fold is the same and needs less code.
             ("TREE", i64::from(self.order.join == Join::Tree && self.order.leaves > 2)),
             ("LOGITS", i64::from(self.output == Output::F32)),
-        ]
+        ];
+        defines.extend((self.output == Output::SiluMul).then_some(("SILU", 1)));
+        defines
     }
 }
 
@@ -97,7 +114,7 @@ impl Variant {
         match self {
             Variant::Reference => KernelSource {
                 name: "linear_reference",
-                parts: &[include_str!("../../kernels/linear_reference.cu")],
+                parts: &[MATH, include_str!("../../kernels/linear_reference.cu")],
                 defines: spec.defines(),
                 wgmma_n: None,
             },
@@ -184,9 +201,10 @@ impl Linear {
         assert!(x.len() >= tokens * k * 2, "x holds {} bytes, {tokens} x {k} needed", x.len());
         assert!(w.len() >= w_offset + n * k * 2, "w holds {} bytes, {n} x {k} needed", w.len());
         assert!(
-            y.len() >= tokens * n * self.spec.output_bytes(),
-            "y holds {} bytes, {tokens} x {n} needed",
-            y.len()
+            y.len() >= tokens * self.spec.outputs() * self.spec.output_bytes(),
+            "y holds {} bytes, {tokens} x {} needed",
+            y.len(),
+            self.spec.outputs()
         );
         let w = w.ptr() + w_offset as u64;
         // Boxes are 64 columns wide: a row of the 128-byte swizzle.
@@ -195,6 +213,10 @@ impl Linear {
             self.device.tensor_map(TensorMapDesc { ptr, element, rows, cols, box_rows, box_cols })
         };
         let matrix = |ptr, rows, cols, box_rows| boxes(ptr, rows, cols, box_rows, 64);
+        let weights = |box_rows| match self.spec.output {
+            Output::SiluMul => self.device.tensor_map_alternating(w, n / 2, k, box_rows),
+            Output::Bf16 | Output::F32 => matrix(w, n, k, box_rows),
+        };
         // Boxes that reach past the matrix load slowly. Rows of x past `tokens` touch no output, so they may be read.
         let x_rows = |tile: usize| tokens.next_multiple_of(tile).min(x.len() / (k * 2));
         let (grid, threads, args) = match self.variant {
@@ -216,7 +238,7 @@ impl Linear {
                 v.threads(),
                 Args::Narrow {
                     x: matrix(x.ptr(), x_rows(v.tokens), k, v.tokens)?,
-                    w: matrix(w, n, k, v.rows())?,
+                    w: weights(v.rows())?,
                     y: y.ptr(),
                     tokens,
                 },
@@ -226,8 +248,8 @@ impl Linear {
                 Wide::THREADS,
                 Args::Wide {
                     x: matrix(x.ptr(), x_rows(Wide::TOKENS), k, Wide::TOKENS)?,
-                    w: matrix(w, n, k, v.tile / v.cluster)?,
-                    y: boxes(y.ptr(), tokens, n, 16, v.out_cols)?,
+                    w: weights(v.tile / v.cluster)?,
+                    y: boxes(y.ptr(), tokens, self.spec.outputs(), 16, v.out_cols)?,
                     tokens,
                 },
             ),

@@ -2,6 +2,7 @@ use bitfast_ops::contract::Join;
 
 use super::{LinearSpec, levels};
 use crate::jit::KernelSource;
+use crate::rows::MATH;
 
 /// Launch plan of `kernels/linear_narrow.cu`; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +35,7 @@ impl Narrow {
         KernelSource {
             name: "linear_narrow",
             parts: &[
+                MATH,
                 include_str!("../../kernels/linear_ring.cuh"),
                 include_str!("../../kernels/linear_narrow.cu"),
             ],

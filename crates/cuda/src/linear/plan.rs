@@ -59,6 +59,8 @@ fn wide(spec: &LinearSpec, tokens: usize, sms: usize) -> Wide {
         .into_iter()
         .min_by_key(|(tile, .., time)| (cost(*tile, *time), usize::MAX - tile))
         .expect("four tiles");
+    // Half as many columns leave a tile of gates and ups.
+    let out_cols = if spec.output == Output::SiluMul { 32 } else { out_cols };
     let regs = if tile == 256 { 104 } else { tile / 2 };
     // Sharing weight tiles pays where tiles are small against the traffic to them.
     let cluster = if tile == 128 && token_tiles.is_multiple_of(2) { 2 } else { 1 };

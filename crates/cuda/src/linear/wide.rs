@@ -1,5 +1,6 @@
 use super::{LinearSpec, Output, levels};
 use crate::jit::KernelSource;
+use crate::rows::MATH;
 
 /// Launch plan of `kernels/linear_wide.cu`; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,7 +28,7 @@ impl Wide {
     pub(super) const TOKENS: usize = 128;
 
     pub(super) fn source(&self, spec: &LinearSpec) -> KernelSource {
-        assert!(spec.output == Output::Bf16, "linear_wide writes bf16 only");
+        assert!(spec.output != Output::F32, "linear_wide writes bf16 only");
         let mut defines = spec.defines();
         defines.extend([
             ("TB", self.tile as i64),
@@ -44,6 +45,7 @@ impl Wide {
         KernelSource {
             name: "linear_wide",
             parts: &[
+                MATH,
                 include_str!("../../kernels/linear_ring.cuh"),
                 include_str!("../../kernels/linear_wide.cu"),
             ],
