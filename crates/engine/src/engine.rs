@@ -207,6 +207,8 @@ impl<R: Runner> Engine<R> {
             return Step::Idle;
         };
         self.note_scheduled(&batch, start);
+        // A step can take seconds: who asks meanwhile is told who is in it.
+        self.publish_stats();
         let (outputs, execute) = match self.execute(&batch) {
             Ok(outputs) => outputs,
             Err(error) => {

@@ -140,7 +140,8 @@ impl EngineHandle {
         self.shared.announce(inbox);
     }
 
-    /// Counters and gauges. `waiting` is live (also while paused); the rest is as of the last step.
+    /// Counters and gauges. `waiting` is live (also while paused), `running` is as of the step under way, the rest as of
+    /// the last one.
     pub fn stats(&self) -> EngineStats {
         let (live, paused) = {
             let inbox = self.shared.inbox();

@@ -2,13 +2,13 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 
 use bitfast_engine::{
-    Engine, EngineConfig, EngineError, Event, FinishReason, Health, Shutdown, SleepLevel, Step, SubmitError,
-    SystemClock, TryEvent,
+    Engine, EngineConfig, EngineError, EngineHandle, Event, FinishReason, Health, Runner, RunnerError,
+    RunnerInfo, Shutdown, SleepLevel, Step, StepInputs, StepOutputs, SubmitError, SystemClock, TryEvent,
+    VirtualClock,
 };
 use common::*;
 
@@ -226,4 +226,37 @@ fn limits_beyond_the_runner_are_refused() {
 fn the_fingerprint_has_its_form() {
     let (_engine, handle) = engine(config());
     assert_eq!(handle.fingerprint(), "bitfast-v1-portable-abababababababab");
+}
+
+/// Notes what the figures are while it computes: (running, waiting).
+struct Asking {
+    handle: Arc<OnceLock<EngineHandle>>,
+    seen: Arc<Mutex<Vec<(usize, usize)>>>,
+}
+
+impl Runner for Asking {
+    fn info(&self) -> RunnerInfo {
+        Counting.info()
+    }
+
+    fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
+        let stats = self.handle.get().unwrap().stats();
+        self.seen.lock().unwrap().push((stats.running, stats.waiting));
+        Counting.execute(step)
+    }
+}
+
+#[test]
+fn figures_are_true_during_a_step() {
+    let (handle, seen) = (Arc::default(), Arc::default());
+    let runner = Asking { handle: Arc::clone(&handle), seen: Arc::clone(&seen) };
+    let clock = Arc::new(VirtualClock::new());
+    let mut engine = Engine::new(runner, EngineConfig { max_num_seqs: 2, ..config() }, clock).unwrap();
+    assert!(handle.set(engine.handle()).is_ok());
+    let streams: Vec<_> = (0..3)
+        .map(|i| handle.get().unwrap().submit(request(&i.to_string(), [i], max_tokens(1))).unwrap())
+        .collect();
+    while let Step::Ran(_) = engine.step() {}
+    assert_eq!(*seen.lock().unwrap(), [(2, 1), (1, 0)]);
+    drop(streams);
 }
