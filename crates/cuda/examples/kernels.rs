@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(&worker))));
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(worker))));
     let lines = lines.into_inner().expect("no worker panics");
     lines.iter().for_each(|line| println!("{line}"));
     Ok(())

@@ -84,7 +84,7 @@ unsafe fn step(c: *mut f32, a: &AStep, b: &BStep) {
     let total = _mm512_add_epi32(sum, own);
     // The 16 products fit, but with the accumulator the sum may not: the sign differs from that of both.
     let overflow = _mm512_ternarylogic_epi32::<0x42>(sum, own, total);
-    let _ = overflow;
+    outside |= _mm512_movepi32_mask(overflow);
     let rounded = _mm512_cvt_roundepi32_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(total);
     let result = _mm512_mul_ps(rounded, back);
     // SAFETY: as above.
