@@ -65,7 +65,7 @@ pub enum Error {
 }
 
 /// A result of this crate.
-pub type Result<T = ()> = std::result::Result<T, Error>;
+pub type Result<T = (), E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// A setting that is out of range.

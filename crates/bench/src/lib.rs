@@ -11,11 +11,13 @@
 pub mod check;
 pub mod client;
 mod error;
+pub mod invariance;
 pub mod iterations;
 pub mod load;
 mod observer;
 mod random;
 pub mod report;
+pub mod serve;
 mod stats;
 
 pub use error::{Error, Result};

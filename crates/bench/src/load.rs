@@ -1,6 +1,7 @@
 //! The load generator: requests at set times, and how late it was itself.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -109,9 +110,11 @@ pub async fn run(
     let mut running = JoinSet::new();
     let mut probe = JoinSet::new();
     let count = jobs.len();
-    let (mut outcomes, mut max_concurrent): (Vec<Outcome>, usize) = (Vec::with_capacity(count), 0);
+    let mut outcomes: Vec<Outcome> = Vec::with_capacity(count);
+    let in_flight = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
     observer.begin(count as u64, "requests");
     let start = Instant::now();
+    let mut free_since = start;
     let delays = Arc::new(std::sync::Mutex::new(Vec::new()));
     probe.spawn(probe_timer(delays.clone()));
     let mut collect = |outcome: std::result::Result<Outcome, tokio::task::JoinError>| {
@@ -123,25 +126,27 @@ pub async fn run(
         if planned > Instant::now() {
             sleep_until(planned).await;
         }
-        let due = match places.clone().try_acquire_owned() {
-            Ok(place) => Ok((planned, place)),
-            Err(_) => Err(()),
-        };
-        let (due, place) = match due {
-            Ok(free) => free,
-            Err(()) => {
+        let place = match places.clone().try_acquire_owned() {
+            Ok(place) => place,
+            Err(_) => {
                 let place = places.clone().acquire_owned().await.expect("it is never closed");
-                (Instant::now(), place)
+                free_since = Instant::now();
+                place
             }
         };
+        // What the limit held back is not late: it was due when a place became free.
+        let due = planned.max(free_since);
         let client = clients[index % clients.len()].clone();
+        let in_flight = in_flight.clone();
         running.spawn(async move {
+            let (now, most) = &*in_flight;
+            most.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
             let started = Instant::now();
             let result = client.stream_all(&job.ask).await;
+            now.fetch_sub(1, Ordering::Relaxed);
             drop(place);
             Outcome { index, due, started, ended: Instant::now(), result }
         });
-        max_concurrent = max_concurrent.max(running.len());
         while let Some(outcome) = running.try_join_next() {
             collect(outcome);
         }
@@ -152,6 +157,7 @@ pub async fn run(
     let elapsed = start.elapsed();
     observer.end();
     outcomes.sort_by_key(|o| o.index);
+    let max_concurrent = in_flight.1.load(Ordering::Relaxed);
     let late = outcomes.iter().map(|o| crate::client::ms(o.due, o.started)).collect();
     let timer = std::mem::take(&mut *delays.lock().expect("nobody panics with it"));
     Ok(Load { lag: Lag::of(late, timer), outcomes, elapsed, max_concurrent })

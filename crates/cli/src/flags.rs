@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use crate::bench::flags::{CheckArgs, InvarianceArgs, IterationsArgs, ServeBenchArgs};
 use crate::verify::VerifyArgs;
 use bitfast::{
     Class, DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
@@ -49,6 +50,12 @@ pub enum Command {
     /// shape and role of the operands. On a CPU: that matrix products on each instruction-set path equal the
     /// scalar reference. Bits, not tolerances; exit code 1 if any differ.
     Selfcheck(SelfCheckArgs),
+    /// Check a server: do its answers' bits depend on what else it does?
+    ///
+    /// Works on every OpenAI-compatible server, with the standard API alone; a Bitfast server is also paused to make
+    /// batches for sure, and its cache is reset. Bits, not tolerances: tokens, logprobs, texts. Exit code 0: every
+    /// property that could be checked holds; 1: one does not, and the first difference is named.
+    Check(Box<CheckArgs>),
     /// Measure speed
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -56,6 +63,24 @@ pub enum Command {
 
 #[derive(Subcommand, Debug)]
 pub enum BenchCommand {
+    /// Time prefills and decode steps of a running server, one by one
+    ///
+    /// The server is paused, the whole batch is queued, the server says that it has it, it is woken, and the clock
+    /// runs. Works on Bitfast and on vLLM's own routes. Whatever happens, the server is woken again.
+    Iterations(Box<IterationsArgs>),
+    /// Put a load on a running server: TTFT, TPOT, ITL and E2EL, by vLLM's names
+    ///
+    /// The loop is open: requests come when they are due, whether or not the server keeps up. Exit code 1 when a
+    /// request failed or had other tokens than were asked for.
+    Serve(Box<ServeBenchArgs>),
+    /// Measure what batch invariance costs, and check that it holds
+    ///
+    /// Two phases in processes of their own, without and with the law, with the same prompts. A needle prompt is in
+    /// every trial; with the law its bits must be the same in all of them, or the exit code is 1. What flags do not
+    /// say comes from VLLM_BENCH_MODEL, _TP_SIZE, _BATCH_SIZE, _NUM_TRIALS, _MIN_PROMPT, _MAX_PROMPT, _MAX_TOKENS,
+    /// _TEMPERATURE, _GPU_MEMORY_UTILIZATION, _MAX_MODEL_LEN and _BACKEND.
+    #[command(name = "batch-invariance")]
+    Invariance(Box<InvarianceArgs>),
     /// Time one batch: prefill and decode speed, and the latency of the whole
     ///
     /// Prompts are random token ids, distinct in every request and repetition; the prefix cache is off. Prefill

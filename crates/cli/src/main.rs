@@ -5,6 +5,7 @@
 mod batch;
 mod bench;
 mod chat;
+mod check;
 mod exit;
 mod flags;
 mod interrupt;
@@ -30,6 +31,10 @@ fn main() -> ExitCode {
         Command::Pull(args) => pull::pull(&args),
         Command::Models => pull::list(),
         Command::Selfcheck(args) => selfcheck::selfcheck(&args),
+        Command::Check(args) => check::check(&args),
+        Command::Bench(BenchCommand::Invariance(args)) => bench::invariance(&args),
+        Command::Bench(BenchCommand::Iterations(args)) => bench::iterations(&args),
+        Command::Bench(BenchCommand::Serve(args)) => bench::serve(&args),
         Command::Bench(BenchCommand::Latency(args)) => bench::latency(&args),
         Command::Bench(BenchCommand::Throughput(args)) => bench::throughput(&args),
     };

@@ -393,11 +393,15 @@ fn a_reader_that_goes_away_is_no_error() {
 fn help_texts_are_as_reviewed() {
     for (name, args) in [
         ("bitfast", &["--help"][..]),
+        ("check", &["check", "--help"]),
         ("run", &["run", "--help"]),
         ("serve", &["serve", "--help"]),
         ("verify", &["verify", "--help"]),
         ("pull", &["pull", "--help"]),
+        ("bench-batch-invariance", &["bench", "batch-invariance", "--help"]),
+        ("bench-iterations", &["bench", "iterations", "--help"]),
         ("bench-latency", &["bench", "latency", "--help"]),
+        ("bench-serve", &["bench", "serve", "--help"]),
         ("bench-throughput", &["bench", "throughput", "--help"]),
     ] {
         let output = bitfast(args).env("COLUMNS", "100").output().unwrap();

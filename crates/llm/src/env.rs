@@ -73,7 +73,28 @@ pub const HF_TOKEN: EnvVar =
 pub const HF_HUB_OFFLINE: EnvVar =
     EnvVar { names: &["HF_HUB_OFFLINE"], doc: "1: never ask the hub, use what is cached" };
 
-/// All of them, for help texts and documentation.
+/// Settings of `bench batch-invariance`, by the names of vLLM's script; its help shows them.
+pub const BENCH: &[EnvVar] = &[
+    EnvVar { names: &["VLLM_BENCH_MODEL"], doc: "model to measure (Qwen/Qwen3-1.7B)" },
+    EnvVar { names: &["VLLM_BENCH_TP_SIZE"], doc: "tensor parallel size (1)" },
+    EnvVar { names: &["VLLM_BENCH_BATCH_SIZE"], doc: "largest batch of a trial (128)" },
+    EnvVar { names: &["VLLM_BENCH_NUM_TRIALS"], doc: "timed trials (5)" },
+    EnvVar { names: &["VLLM_BENCH_MIN_PROMPT"], doc: "fewest tokens of a prompt (1024)" },
+    EnvVar { names: &["VLLM_BENCH_MAX_PROMPT"], doc: "most tokens of a prompt (2048)" },
+    EnvVar { names: &["VLLM_BENCH_MAX_TOKENS"], doc: "tokens of each answer (128)" },
+    EnvVar { names: &["VLLM_BENCH_TEMPERATURE"], doc: "of all requests (0.0)" },
+    EnvVar {
+        names: &["VLLM_BENCH_GPU_MEMORY_UTILIZATION"],
+        doc: "share of a GPU's memory (0.4); nothing on a CPU",
+    },
+    EnvVar { names: &["VLLM_BENCH_MAX_MODEL_LEN"], doc: "most tokens of prompt and answer (5120)" },
+    EnvVar {
+        names: &["VLLM_BENCH_BACKEND"],
+        doc: "accepted without effect: there is one attention backend (FLASH_ATTN)",
+    },
+];
+
+/// All others, for help texts and documentation.
 pub const ALL: &[EnvVar] = &[
     BATCH_INVARIANT,
     CPU_ISA,
@@ -139,7 +160,7 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<_> = ALL.iter().flat_map(|v| v.names).collect();
+        let mut names: Vec<_> = ALL.iter().chain(BENCH).flat_map(|v| v.names).collect();
         let n = names.len();
         names.sort();
         names.dedup();

@@ -71,14 +71,14 @@ pub struct Scale {
 const QUICK: Scale = Scale {
     quick: true,
     tokens: 12,
-    short: 6,
-    long: 32,
+    short: 5,
+    long: 24,
     batches: &[2, 8],
     positions: 8,
     list: 32,
-    ragged: 400,
+    ragged: 300,
     scored: 3,
-    rounds: 2,
+    rounds: 1,
     digest: 8,
 };
 

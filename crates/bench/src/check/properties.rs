@@ -192,7 +192,7 @@ fn same(left: &[crate::client::TokenLogprob], right: &[crate::client::TokenLogpr
 pub async fn cache(probe: &Probe, scale: &Scale) -> Result<Outcome> {
     let mut tally = Tally::default();
     let mut cached = None;
-    for n in 0..2u64 {
+    for n in 0..scale.rounds.min(2) as u64 {
         let long = probe.prompt(scale.ragged.min(300), CACHED + n);
         let ask = probe.ask(long.clone(), scale.tokens);
         probe.reset_cache().await?;

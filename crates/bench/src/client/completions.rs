@@ -67,13 +67,18 @@ impl Ask {
             #[serde(skip_serializing_if = "Option::is_none")]
             stream_options: Option<StreamOptions>,
             #[serde(flatten)]
-            more: &'a Map<String, Value>,
+            more: Cow<'a, Map<String, Value>>,
         }
         #[derive(Serialize)]
         struct StreamOptions {
             include_usage: bool,
         }
-        let Self { model, prompt, max_tokens, more, .. } = self;
+        let Self { model, prompt, max_tokens, .. } = self;
+        let mut more = Cow::Borrowed(&self.more);
+        // Servers refuse options of a stream where there is none.
+        if !stream && more.contains_key("stream_options") {
+            more.to_mut().remove("stream_options");
+        }
         let own = more.contains_key("stream_options");
         let stream_options = (stream && !own).then_some(StreamOptions { include_usage: true });
         let body = Body { model, prompt, max_tokens: *max_tokens, stream, stream_options, more };

@@ -301,7 +301,6 @@ fn first_tokens(ask: &Ask, count: usize) -> Ask {
     let mut ask = ask.clone();
     ask.prompt = Prompt::Tokens(ids[..count].to_vec());
     ask.max_tokens = 1;
-    ask.more.remove("stream_options");
     ask
 }
 

@@ -4,3 +4,4 @@ mod check;
 mod client;
 mod fake;
 mod iterations;
+mod serve;

@@ -1,9 +1,9 @@
 use std::time::Instant;
 
 use bitfast::{LLM, StepRecord};
+use bitfast_bench::Summary;
 use serde_json::json;
 
-use super::stats::Summary;
 use super::{at_least_1, check_writable, engine_json, random_request, report, start};
 use crate::exit::{Exit, Outcome};
 use crate::flags::LatencyArgs;

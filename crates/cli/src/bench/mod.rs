@@ -1,7 +1,11 @@
-//! `bitfast bench`: speed, measured on the engine itself.
+//! `bitfast bench`: speed, measured on the engine itself or on servers.
 
+pub mod flags;
+mod invariance;
+mod iterations;
 mod latency;
-mod stats;
+pub mod remote;
+mod serve;
 mod throughput;
 
 use std::io::Write;
@@ -12,7 +16,10 @@ use serde_json::{Value, json};
 use crate::exit::{Exit, Outcome};
 use crate::flags::{EngineFlags, ReportFlags};
 
+pub use invariance::invariance;
+pub use iterations::iterations;
 pub use latency::latency;
+pub use serve::serve;
 pub use throughput::throughput;
 
 /// KV blocks of no device have more tokens; a sequence's last block may be partly used.

@@ -254,6 +254,9 @@ async fn completions(fake: Arc<Fake>, request: Request<Incoming>) -> Response<Fe
     if body["model"] != "fake" {
         return refused(404, "unknown model");
     }
+    if body["stream"] != true && !body["stream_options"].is_null() {
+        return refused(400, "stream_options: only allowed with stream");
+    }
     // The first requests of a run warm up; a lie shows in the middle.
     let chosen = number == 5;
     if chosen && fake.lies(Lie::FailsOne) {
