@@ -87,7 +87,6 @@ fn row_kernels() -> Vec<KernelSource> {
         }
     }
     ops.extend([1536, 6144, 14336, 100].map(|inner| RowOp::SiluMul { inner }));
-    ops.extend([128_256, 151_936, 1001].map(|vocab| RowOp::Logits { vocab }));
     for attention in HEADS {
         for qk_norm in [None, Some(desc(false)), Some(desc(true))] {
             ops.push(RowOp::QkvPrep(QkvPrepSpec { attention, rot_dim: attention.head_dim, qk_norm }));

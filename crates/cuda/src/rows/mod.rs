@@ -9,13 +9,11 @@ use crate::driver::{Arg, Buffer, Device, Kernel, Launch, Overlap, Stream};
 use crate::jit::{Jit, KernelSource};
 
 mod gather;
-mod logits;
 mod norm;
 mod qkv;
 mod silu;
 
 pub use gather::Gather;
-pub use logits::{LogitsRow, LogitsRows};
 pub use norm::RmsNorm;
 pub use qkv::{QkvPrep, QkvPrepArgs, QkvPrepSpec};
 pub use silu::SiluMul;
@@ -47,11 +45,6 @@ pub enum RowOp {
     },
     /// Splitting, normalising, rotating and storing.
     QkvPrep(QkvPrepSpec),
-    /// Log-sum-exp and the greedy choice over `vocab` logits.
-    Logits {
-        /// Elements of a row.
-        vocab: usize,
-    },
 }
 
 impl RowOp {
@@ -70,7 +63,6 @@ impl RowOp {
             ),
             RowOp::SiluMul { inner } => source("rows_silu", SILU, vec![("INNER", *inner as i64)]),
             RowOp::QkvPrep(spec) => source("rows_qkv", QKV, spec.defines()),
-            RowOp::Logits { vocab } => source("rows_logits", LOGITS, vec![("VOCAB", *vocab as i64)]),
         }
     }
 
@@ -80,7 +72,6 @@ impl RowOp {
             RowOp::RmsNorm { .. } => "rms_norm",
             RowOp::SiluMul { .. } => "silu",
             RowOp::QkvPrep(_) => "qkv_prep",
-            RowOp::Logits { .. } => "logits_row",
         }
     }
 
@@ -93,7 +84,6 @@ const GATHER: &[&str] = &[MATH, include_str!("../../kernels/rows_copy.cu")];
 const NORM: &[&str] = &[MATH, include_str!("../../kernels/rows_norm.cu")];
 const SILU: &[&str] = &[MATH, include_str!("../../kernels/rows_silu.cu")];
 const QKV: &[&str] = &[MATH, include_str!("../../kernels/rows_qkv.cu")];
-const LOGITS: &[&str] = &[MATH, include_str!("../../kernels/rows_logits.cu")];
 
 fn source(
     name: &'static str,
