@@ -9,16 +9,18 @@ use crate::api::common::CommonFields;
 use crate::error::{ApiError, ErrorKind};
 use crate::state::AppState;
 
+/// What a request's fields say that the answer must be, and which of them says it.
+pub(crate) type Asked = (Structured, String);
+
 /// Puts what the answer must be into the parameters, once it is known to compile: a call that is `demanded`, else
-/// what the fields say, after thoughts where the model has any.
+/// what is asked for, after thoughts where the model has any.
 pub(crate) async fn apply(
     state: &Arc<AppState>,
-    common: &CommonFields,
+    asked: Option<Asked>,
     demanded: Option<Structured>,
     thinking: Option<Thinking>,
     params: &mut SamplingParams,
 ) -> Result<(), ApiError> {
-    let asked = asked(common)?;
     let (structured, param) = match (demanded, asked) {
         (Some(structured), _) => (structured, "tools".to_owned()),
         (None, Some((structured, param))) => (structured, param),
@@ -50,8 +52,8 @@ fn named(error: ApiError, param: &str) -> ApiError {
     ApiError::invalid(param, format!("{param}: {message}"))
 }
 
-/// What the fields say, and which of them says it.
-fn asked(common: &CommonFields) -> Result<Option<(Structured, String)>, ApiError> {
+/// What completions and chats ask for.
+pub(crate) fn asked(common: &CommonFields) -> Result<Option<Asked>, ApiError> {
     let refuse = |param: &str, message: &str| Err(ApiError::invalid(param, format!("{param}: {message}")));
     let format = response_format(common.response_format.as_ref())?;
     let Some(value) = common.structured_outputs.as_ref().filter(|value| !value.is_null()) else {
@@ -74,17 +76,33 @@ fn asked(common: &CommonFields) -> Result<Option<(Structured, String)>, ApiError
     }
 }
 
-fn response_format(format: Option<&Value>) -> Result<Option<(Structured, String)>, ApiError> {
+/// What `/v1/responses` asks for, in its field `text`.
+pub(crate) fn text_format(text: Option<&Value>) -> Result<Option<Asked>, ApiError> {
+    let format = text.map(|text| &text["format"]);
+    schema_or_object(format, "text.format", |format| (&format["schema"], "text.format.schema"))
+}
+
+fn response_format(format: Option<&Value>) -> Result<Option<Asked>, ApiError> {
+    schema_or_object(format, "response_format", |format| {
+        (&format["json_schema"]["schema"], "response_format.json_schema.schema")
+    })
+}
+
+/// OpenAI's form of a constraint; `schema` finds the schema in it, and says where that is.
+fn schema_or_object<'a>(
+    format: Option<&'a Value>,
+    at: &str,
+    schema: impl Fn(&'a Value) -> (&'a Value, &'static str),
+) -> Result<Option<Asked>, ApiError> {
     let refuse = |param: &str, message: &str| Err(ApiError::invalid(param, format!("{param}: {message}")));
     let Some(format) = format.filter(|format| !format.is_null()) else { return Ok(None) };
-    let schema_at = "response_format.json_schema.schema";
     match format["type"].as_str() {
         Some("text") => Ok(None),
-        Some("json_object") => Ok(Some((Structured::JsonObject, "response_format".to_owned()))),
-        Some("json_schema") => match &format["json_schema"]["schema"] {
-            Value::Null => refuse(schema_at, "is missing"),
-            schema => Ok(Some((Structured::Json(schema.clone()), schema_at.to_owned()))),
+        Some("json_object") => Ok(Some((Structured::JsonObject, at.to_owned()))),
+        Some("json_schema") => match schema(format) {
+            (Value::Null, at) => refuse(at, "is missing"),
+            (schema, at) => Ok(Some((Structured::Json(schema.clone()), at.to_owned()))),
         },
-        _ => refuse("response_format", "type must be text, json_object or json_schema"),
+        _ => refuse(at, "type must be text, json_object or json_schema"),
     }
 }

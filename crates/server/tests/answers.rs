@@ -330,3 +330,24 @@ fn past_calls_reach_the_template() {
     );
     assert!(prompt.contains("<|tool|>noon"), "{prompt}");
 }
+
+#[test]
+fn responses_take_formats_and_leave_thoughts_out() {
+    let s = server();
+    let schema = json!({ "type": "object", "properties": { "n": { "enum": [1, 2] } }, "required": ["n"], "additionalProperties": false });
+    let format = json!({ "format": { "type": "json_schema", "name": "x", "schema": schema } });
+    let body = json!({ "input": "q", "seed": 2, "max_output_tokens": 600, "text": format });
+    let answer = s.post("/v1/responses", &body).ok();
+    let text = answer["output"][0]["content"][0]["text"].as_str().unwrap();
+    if answer["status"] == "completed" {
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert!([1, 2].contains(&value["n"].as_i64().unwrap()), "{text}");
+    }
+    assert!(!text.contains("think>"), "{text}");
+    let events = s.post("/v1/responses", &merged(&[body.clone(), json!({ "stream": true })])).events();
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let streamed: String = deltas.map(|event| event["delta"].as_str().unwrap()).collect();
+    assert_eq!(streamed, text);
+    let reply = s.post("/v1/responses", &merged(&[body, json!({ "text": { "format": { "type": "xml" } } })]));
+    assert_eq!(reply.refused(), (400, Some("text.format".into())));
+}

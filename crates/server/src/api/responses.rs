@@ -31,7 +31,7 @@ pub(crate) struct ResponsesRequest {
     pub include: Option<Vec<String>>,
     /// Handed to the chat template as `reasoning_effort`.
     pub reasoning: Option<Reasoning>,
-    /// Only the format `text`.
+    /// The format: `text`, `json_object` or `json_schema`.
     #[schema(value_type = Option<Object>)]
     pub text: Option<Value>,
     /// Not supported.

@@ -50,7 +50,8 @@ pub(crate) async fn chat(
     let (prompt, text) = prompts::encode_chat(&state, messages, options, add_special).await?;
     let thinking = formats.thinks.then(|| Thinking::after(&text));
     let demanded = offer.demand(formats, thinking);
-    crate::structured::apply(&state, &common, demanded, thinking, &mut params).await?;
+    let asked = crate::structured::asked(&common)?;
+    crate::structured::apply(&state, asked, demanded, thinking, &mut params).await?;
     let reading = Reading { thinking, tools: offer.reading(formats) };
     params.skip_special_tokens &= !reading.needs_special(&state.llm);
     let form = form.read_as(reading);

@@ -45,7 +45,8 @@ pub(crate) async fn complete(
     if form.echo {
         params.prompt_logprobs = params.prompt_logprobs.max(fields.logprobs);
     }
-    crate::structured::apply(&state, &common, None, None, &mut params).await?;
+    let asked = crate::structured::asked(&common)?;
+    crate::structured::apply(&state, asked, None, None, &mut params).await?;
     let rank = prompts::rank(&headers)?;
     let prompts = prompts::encode(&state, fields.prompt, fields.add_special_tokens.unwrap_or(true)).await?;
     let mut running = Running::start(&state, Job { prompts, params, rank })?;

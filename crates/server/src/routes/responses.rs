@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use bitfast_llm::{ChatMessage, Chunk, FinishReason, SamplingParams};
+use bitfast_llm::{AnswerParser, AnswerPart, ChatMessage, Chunk, FinishReason, SamplingParams, Thinking};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -16,7 +16,7 @@ use crate::api::responses::{
     IncompleteDetails, InputDetails, InputForm, OutputDetails, OutputMessage, OutputText, ResponseObject,
     ResponseUsage, ResponsesRequest,
 };
-use crate::chat::render_options;
+use crate::chat::{Reading, render_options};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::generate::{Encoder, EventStream, Job, Running};
@@ -24,6 +24,7 @@ use crate::logprobs::Shown;
 use crate::prompts;
 use crate::sse::{self, Events};
 use crate::state::{AppState, unix_seconds};
+use crate::structured;
 
 /// Answer an input.
 #[utoipa::path(
@@ -43,7 +44,7 @@ pub(crate) async fn respond(
     drop(body);
     refuse_unsupported(&request)?;
     let rank = prompts::rank(&headers)?;
-    let params = sampling(&state, &request)?;
+    let mut params = sampling(&state, &request)?;
     let kwargs = request
         .reasoning
         .as_ref()
@@ -51,14 +52,19 @@ pub(crate) async fn respond(
         .map(|effort| Map::from_iter([("reasoning_effort".to_owned(), Value::String(effort))]));
     let input = std::mem::replace(&mut request.input, InputForm::Text(String::new()));
     let messages = conversation(input, request.instructions.as_deref())?;
-    let form = Form::new(&state, &request, params.logprobs.map(|top| top as usize))?;
+    let mut form = Form::new(&state, &request, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, None)?;
     let named = |error: ApiError| error.renamed("messages", "input").renamed("prompt", "input");
-    let (prompt, _) = prompts::encode_chat(&state, messages, options, false).await.map_err(named)?;
+    let (prompt, text) = prompts::encode_chat(&state, messages, options, false).await.map_err(named)?;
+    let thinking = state.formats.thinks.then(|| Thinking::after(&text));
+    form.reading = Reading { thinking, tools: None };
+    let asked = structured::text_format(request.text.as_ref())?;
+    structured::apply(&state, asked, None, thinking, &mut params).await?;
     let running = Running::start(&state, Job { prompts: vec![prompt], params, rank });
     let mut running = running.map_err(|e| named(e).renamed("logprobs", "top_logprobs"))?;
     if request.stream.unwrap_or(false) {
-        let events = Narration { state, form, sequence: 0, begun: false };
+        let parser = form.reading.parser();
+        let events = Narration { state, form, parser, sequence: 0, begun: false };
         return Ok(sse::response(EventStream::new(running, events)));
     }
     running.finish().await?;
@@ -75,10 +81,6 @@ fn refuse_unsupported(request: &ResponsesRequest) -> Result<(), ApiError> {
     }
     if request.background.unwrap_or(false) {
         return refuse("background");
-    }
-    let format = request.text.as_ref().map(|text| &text["format"]["type"]);
-    if format.is_some_and(|kind| !kind.is_null() && kind != "text") {
-        return refuse("text");
     }
     Ok(())
 }
@@ -132,6 +134,8 @@ struct Form {
     base: ResponseObject,
     message_id: String,
     top_logprobs: Option<usize>,
+    /// Thoughts are left out.
+    reading: Reading,
 }
 
 impl Form {
@@ -161,7 +165,7 @@ impl Form {
             usage: None,
             system_fingerprint: state.llm.info().fingerprint.clone(),
         };
-        Ok(Self { base, message_id: state.new_id("msg_"), top_logprobs })
+        Ok(Self { base, message_id: state.new_id("msg_"), top_logprobs, reading: Reading::default() })
     }
 
     fn message(&self, status: &'static str, content: Vec<OutputText>) -> OutputMessage {
@@ -178,10 +182,12 @@ impl Form {
             Some(FinishReason::Stop) | None => ("completed", None),
         };
         let logprobs = self.logprobs(state, sample.logprobs.as_deref().unwrap_or_default());
+        let mut parser = self.reading.parser();
+        let text = content(parser.push(&sample.text)) + &content(parser.finish());
         ResponseObject {
             status,
             incomplete_details: reason.map(|reason| IncompleteDetails { reason }),
-            output: vec![self.message(status, vec![text_part(sample.text.clone(), logprobs)])],
+            output: vec![self.message(status, vec![text_part(text, logprobs)])],
             usage: Some(usage(running.usage())),
             ..self.base.clone()
         }
@@ -191,6 +197,15 @@ impl Form {
         let shown = Shown { tokenizer: state.llm.tokenizer(), as_ids: false };
         self.top_logprobs.map(|top| shown.chat(rows, top).content).unwrap_or_default()
     }
+}
+
+/// The answer among the parts.
+fn content(parts: Vec<AnswerPart>) -> String {
+    let texts = parts.into_iter().filter_map(|part| match part {
+        AnswerPart::Content(text) => Some(text),
+        AnswerPart::Reasoning(_) | AnswerPart::Call { .. } | AnswerPart::Arguments { .. } => None,
+    });
+    texts.collect()
 }
 
 fn text_part(text: String, logprobs: Vec<TokenEntry>) -> OutputText {
@@ -211,6 +226,7 @@ fn usage(usage: Usage) -> ResponseUsage {
 struct Narration {
     state: Arc<AppState>,
     form: Form,
+    parser: AnswerParser,
     sequence: u64,
     begun: bool,
 }
@@ -299,10 +315,14 @@ impl Encoder for Narration {
     fn chunk(&mut self, _: &Running, _: usize, chunk: &Chunk, out: &mut Events) {
         self.begin(out);
         let logprobs = self.form.logprobs(&self.state, chunk.logprobs.as_deref().unwrap_or_default());
-        if chunk.text.is_empty() && logprobs.is_empty() {
+        let mut delta = content(self.parser.push(&chunk.text));
+        if chunk.finish_reason.is_some() {
+            delta += &content(self.parser.finish());
+        }
+        if delta.is_empty() && logprobs.is_empty() {
             return;
         }
-        self.tell_of_text("response.output_text.delta", TheDelta { delta: &chunk.text, logprobs }, out);
+        self.tell_of_text("response.output_text.delta", TheDelta { delta: &delta, logprobs }, out);
     }
 
     fn end(&mut self, running: &Running, out: &mut Events) {
