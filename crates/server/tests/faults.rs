@@ -223,3 +223,56 @@ fn a_second_request_to_stop_aborts_what_is_left() {
     assert_eq!(read_reply(BufReader::new(whole)).ok()["choices"][0]["finish_reason"], "abort");
     server.wait().unwrap();
 }
+
+#[test]
+fn tricks_with_heads_and_paths_open_nothing() {
+    let server = Running::start(fake(&Levers::default(), EngineConfig::default()), |config| {
+        config.api_keys = vec!["secret".into()];
+    });
+    let s = server.client;
+    for path in [
+        "/v1/models",
+        "//v1/models",
+        "/v1//models",
+        "/V1/models",
+        "/v1/models/",
+        "/%761/models",
+        "/v1%2fmodels",
+        "/health/../v1/models",
+        "/docs/..%2fv1/models",
+        "/v1/models?x=/health",
+        "/debug/config#/health",
+        "http://other/v1/models",
+        "/./v1/models",
+        "/v1/models;/health",
+    ] {
+        let status = s.send("GET", path, &[], b"").status;
+        assert!([400, 401, 404].contains(&status), "{path}: {status}");
+    }
+    let key = ("authorization", "Bearer secret");
+    assert_eq!(s.send("GET", "/v1/models", &[key], b"").status, 200, "the control");
+    assert_eq!(s.send("GET", "/v1/models", &[("authorization", "Bearer wrong"), key], b"").status, 401);
+    // Heads that readers could take for different requests.
+    let body = "{\"prompt\": [1], \"max_tokens\": 1}";
+    for heads in [
+        "content-length: 3\r\ncontent-length: 33\r\n",
+        "content-length: +33\r\n",
+        "content-length: 33, 33x\r\n",
+        "transfer-encoding: gzip\r\n",
+        "transfer-encoding: chunked, identity\r\n",
+        "x: a\0b\r\n",
+        "x : spaced\r\n",
+    ] {
+        let mut socket = s.connect();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n{heads}\r\n"
+        );
+        socket.write_all((head + body).as_bytes()).unwrap();
+        let _ = socket.shutdown(Half::Write);
+        let mut answer = Vec::new();
+        let _ = socket.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        assert!(!answer.starts_with("HTTP/1.1 2") && !answer.starts_with("HTTP/1.1 5"), "{heads}: {answer}");
+    }
+    assert_eq!(s.get("/health").status, 200);
+}
