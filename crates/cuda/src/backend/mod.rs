@@ -16,12 +16,12 @@ mod step;
 
 pub use memory::{Kv, Param, Tensor, Weight};
 
+use crate::CudaError;
 use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
 use crate::driver::{Buffer, Device, Overlap, Stream};
 use crate::jit::Jit;
 use crate::linear::{LinearSpec, Output};
 use crate::rows::{QkvPrepArgs, QkvPrepSpec};
-use crate::CudaError;
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
