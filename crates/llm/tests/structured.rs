@@ -62,7 +62,8 @@ fn one(llm: &LLM, prompt: &str, params: SamplingParams) -> RequestOutput {
 #[test]
 fn outputs_are_valid_and_without_the_mask_they_are_not() {
     let llm = llm_with(|_| ());
-    let cases: [(Structured, fn(&str) -> bool); 4] = [
+    type Check = fn(&str) -> bool;
+    let cases: [(Structured, Check); 4] = [
         (Structured::Json(schema()), is_person),
         (Structured::Regex("[0-9]{3}-[0-9]{4}".into()), |text| {
             text.len() == 8

@@ -93,6 +93,8 @@ pub struct GrammarCompiler {
     factory: ParserFactory,
     /// Grammars that were compiled last, latest first.
     recent: Mutex<Vec<(Grammar, CompiledGrammar)>>,
+    /// Held while a grammar is compiled: hostile ones take one core at most, and equal ones are compiled once.
+    turn: Mutex<()>,
 }
 
 /// Grammars whose compiled forms are kept.
@@ -126,16 +128,20 @@ impl GrammarCompiler {
             verbose_errors: false,
             ..ParserLimits::default()
         };
-        Ok(Self { factory, recent: Mutex::default() })
+        Ok(Self { factory, recent: Mutex::default(), turn: Mutex::default() })
     }
 
-    /// Compiles `grammar`. Takes milliseconds, with a hostile grammar up to seconds: call it on the thread of who
+    /// Compiles `grammar`, one at a time. Takes milliseconds, with a hostile grammar up to seconds: call it on the thread of who
     /// asks, never on the engine's.
     pub fn compile(&self, grammar: &Grammar) -> Result<CompiledGrammar, GrammarError> {
         if let Some(known) = self.recall(grammar) {
             return Ok(known);
         }
         limits::check(grammar)?;
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = self.recall(grammar) {
+            return Ok(known);
+        }
         let top = top_level(grammar);
         // Its parsers recurse on nested grammars, and a panic there is a grammar that it cannot take.
         let build = || {

@@ -14,7 +14,7 @@ pub const MAX_CHOICES: usize = 4096;
 /// Work of the lexer for one mask; some 10 ms.
 pub(super) const STEP_LEXER_FUEL: u64 = 150_000;
 /// States of a text's lexer, of 1 to 2 kB each.
-pub(super) const LEXER_STATES: usize = 50_000;
+pub(super) const LEXER_STATES: usize = 20_000;
 /// Symbols in productions.
 pub(super) const GRAMMAR_SYMBOLS: usize = 200_000;
 /// The compiler recurses on the grammar.
