@@ -25,12 +25,13 @@ const MOST_SPILLED_BYTES: u32 = 256;
 /// Products of warps and warpgroups, copies by the tensor memory accelerator and in bulk.
 const INSTRUCTIONS: [&str; 4] = ["HGMMA", "HMMA", "UBLKCP", "UTMALDG"];
 /// Kernels and what they must use.
-const PROMISED: [(&str, &[&str]); 6] = [
+const PROMISED: [(&str, &[&str]); 7] = [
     ("linear_reference", &["HMMA"]),
     ("linear_few", &["HMMA", "UTMALDG"]),
     ("linear_narrow", &["HGMMA", "UTMALDG"]),
     ("linear_wide", &["HGMMA", "UTMALDG"]),
     ("attention_paged", &["HMMA", "UBLKCP"]),
+    ("attention_pairs", &["HGMMA", "UBLKCP"]),
     ("attention_prefill", &["HGMMA", "UBLKCP"]),
 ];
 
