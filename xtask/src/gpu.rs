@@ -179,8 +179,7 @@ mod tests {
 
     #[test]
     fn flags_are_read_and_mistakes_named() {
-        let parsed =
-            args(&["--shell", "ssh host", "--sanitizer", "--env", "A=1", "twin_rows"]).unwrap();
+        let parsed = args(&["--shell", "ssh host", "--sanitizer", "--env", "A=1", "twin_rows"]).unwrap();
         assert_eq!((parsed.shell.as_deref(), parsed.sanitizer), (Some("ssh host"), true));
         assert_eq!((parsed.env, parsed.tests), (vec!["A=1".to_owned()], vec!["twin_rows".to_owned()]));
         assert!(args(&["twin_nothing"]).unwrap_err().to_string().contains("\"twin_nothing\""));
