@@ -26,15 +26,17 @@ fn start(flags: &[&str]) -> (Child, String, BufReader<std::process::ChildStderr>
     let mut child = serve(flags).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut told = String::new();
-    loop {
+    let address = loop {
         let from = told.len();
-        assert_ne!(stderr.read_line(&mut told).unwrap(), 0, "it ended: {told}");
-        if let Some(address) = told[from..].trim().strip_prefix("listening on http://") {
-            let address = address.to_owned();
-            assert!(flags.contains(&"-q") || told.contains("KV cache"), "{told}");
-            return (child, address, stderr);
+        if stderr.read_line(&mut told).unwrap() == 0 {
+            panic!("it ended ({:?}): {told}", child.wait());
         }
-    }
+        if let Some(address) = told[from..].trim().strip_prefix("listening on http://") {
+            break address.to_owned();
+        }
+    };
+    assert!(flags.contains(&"-q") || told.contains("KV cache"), "{told}");
+    (child, address, stderr)
 }
 
 fn send(address: &str, head: &str, body: &str) -> TcpStream {

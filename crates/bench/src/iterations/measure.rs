@@ -59,7 +59,7 @@ impl Bench<'_> {
         }
         let (total_ms, timed) = match shape.mode {
             Mode::Prefill => (prefill_ms(&asked, woken)?, 1),
-            Mode::Decode => decode_ms(&asked, max_tokens)?,
+            Mode::Decode => self.decode_ms(shape, &asked, max_tokens)?,
         };
         let usage = |f: fn(&Asked) -> u64| asked.iter().map(f).sum();
         Ok(Once {
@@ -70,6 +70,24 @@ impl Bench<'_> {
             server_wall_ms: steps.iter().map(|s| s.wall_ms).collect(),
             server_device_ms: steps.iter().filter_map(|s| s.device_ms).collect(),
         })
+    }
+
+    /// The slowest rank's decode: ranks do not wait for each other, so each has its own complete batch.
+    fn decode_ms(&self, shape: &Shape, asked: &[Asked], tokens: u64) -> Result<(f64, u64)> {
+        let (mut slowest, mut rest): (Option<(f64, u64)>, _) = (None, asked);
+        for (_, config) in &self.servers {
+            let ranks = config.data_parallel_size;
+            let (own, others) = rest.split_at(ranks * shape.batch);
+            rest = others;
+            for rank in 0..ranks {
+                let batch: Vec<&Asked> = own.iter().skip(rank).step_by(ranks).collect();
+                let (time, steps) = decode_ms(&batch, tokens)?;
+                if slowest.is_none_or(|(t, n)| time / steps as f64 > t / n as f64) {
+                    slowest = Some((time, steps));
+                }
+            }
+        }
+        Ok(slowest.expect("there are servers"))
     }
 
     /// Asks all at once, untimed; each prompt must be counted as `prompt` tokens, or as long as it is.
@@ -280,10 +298,10 @@ fn first_arrival(asked: &Asked) -> Result<Instant> {
 
 /// From the moment when every request has its first token to the end of the request that is farthest, and the steps
 /// between: the batch is complete all the while.
-fn decode_ms(asked: &[Asked], tokens: u64) -> Result<(f64, u64)> {
-    let firsts = asked.iter().map(first_arrival).collect::<Result<Vec<_>>>()?;
+fn decode_ms(asked: &[&Asked], tokens: u64) -> Result<(f64, u64)> {
+    let firsts = asked.iter().map(|a| first_arrival(a)).collect::<Result<Vec<_>>>()?;
     let start = firsts.into_iter().max().expect("a batch has requests");
-    let ahead = |a: &Asked| a.arrivals.iter().filter(|x| x.at <= start).map(|x| x.tokens).sum::<u64>();
+    let ahead = |a: &&Asked| a.arrivals.iter().filter(|x| x.at <= start).map(|x| x.tokens).sum::<u64>();
     let (index, before) =
         asked.iter().map(ahead).enumerate().max_by_key(|(_, n)| *n).expect("a batch has requests");
     let end = asked[index].arrivals.last().expect("it has a first one").at;
@@ -390,10 +408,15 @@ mod tests {
         let base = Instant::now();
         // The second request joins three steps late: the first one has 4 of its 10 tokens by then.
         let batch = [asked(base, 10, 10, 2), asked(base, 16, 10, 2)];
-        assert_eq!(decode_ms(&batch, 10).unwrap(), (12.0, 6));
+        assert_eq!(decode_ms(&batch.iter().collect::<Vec<_>>(), 10).unwrap(), (12.0, 6));
         assert_eq!(prefill_ms(&batch, base).unwrap(), 16.0);
         // It joins when the first one is done.
         let late = [asked(base, 10, 3, 2), asked(base, 30, 3, 2)];
-        assert!(decode_ms(&late, 3).unwrap_err().to_string().contains("never complete"));
+        assert!(
+            decode_ms(&late.iter().collect::<Vec<_>>(), 3)
+                .unwrap_err()
+                .to_string()
+                .contains("never complete")
+        );
     }
 }

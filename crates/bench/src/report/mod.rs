@@ -140,6 +140,7 @@ td:last-child:not(.n) { white-space: normal; min-width: 14rem; overflow-wrap: an
 figure { margin: 1rem 0; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem; background: var(--card); }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .25rem; }
 svg { display: block; width: 100%; height: auto; }
+svg.bars { max-width: 38rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg .strong { fill: var(--ink); }
 svg .axis { stroke: var(--line); stroke-width: 1; }
@@ -149,7 +150,8 @@ svg .spread { stroke-width: 1.5; opacity: .6; }
 .s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
 svg .mark, svg .spread { stroke: var(--c); } svg .dot, svg .bar { fill: var(--c); }
 @media (max-width: 40rem) { main { padding: 1rem .6rem 2rem; } h1 { font-size: 1.3rem; }
-  figure { padding: .4rem; overflow-x: auto; } svg { min-width: 30rem; } th, td { padding: .35rem .5rem; } }
+  figure { padding: .4rem; overflow-x: auto; } svg:not(.bars) { min-width: 30rem; } th, td { padding: .35rem .5rem; }
+  td:last-child:not(.n) { min-width: 9.5rem; } }
 "#;
 
 #[cfg(test)]

@@ -117,11 +117,17 @@ pub fn lines(x_label: &str, y_label: &str, series: &[Series]) -> String {
 /// Values side by side, lying.
 pub fn bars(unit: &str, all: &[Bar]) -> String {
     const LINE: f64 = 34.0;
-    const NAMES: f64 = 210.0;
-    const NUMBERS: f64 = 110.0;
+    // Narrow, so that it can be read on a phone without scrolling.
+    const WIDTH: f64 = 460.0;
+    const NAMES: f64 = 120.0;
+    const NUMBERS: f64 = 100.0;
     let most = all.iter().fold(0.0, |m: f64, b| m.max(b.high).max(b.value));
     let most = if most > 0.0 { most } else { 1.0 };
-    let mut svg = open(LINE * all.len() as f64 + 8.0, unit);
+    let height = LINE * all.len() as f64 + 8.0;
+    let mut svg = format!(
+        "<svg class=\"bars\" viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">",
+        escape(unit)
+    );
     for (index, bar) in all.iter().enumerate() {
         let y = LINE * index as f64 + 4.0;
         let length = |v: f64| v.max(0.0) / most * (WIDTH - NAMES - NUMBERS);

@@ -82,6 +82,17 @@ impl Dataset {
         }
     }
 
+    /// The same with ids below `vocab` too.
+    pub fn within(&self, vocab: Option<u32>) -> Self {
+        let mut dataset = self.clone();
+        if let (Some(vocab), Self::Random { vocab_size, .. } | Self::PrefixRepetition { vocab_size, .. }) =
+            (vocab, &mut dataset)
+        {
+            *vocab_size = vocab.clamp(1, (*vocab_size).max(1));
+        }
+        dataset
+    }
+
     /// `count` samples. Files are gone through again when they are too short.
     pub fn samples(&self, count: usize, seed: u64) -> Result<Vec<Sample>> {
         match self {

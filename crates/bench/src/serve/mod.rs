@@ -85,7 +85,10 @@ async fn run_load(settings: &Settings, observer: &dyn Observer) -> Result<Report
         Some(model) => model.clone(),
         None => served_model(first).await?,
     };
-    let samples = settings.dataset.samples(settings.num_prompts + settings.num_warmups, settings.seed)?;
+    let samples = settings
+        .dataset
+        .within(vocabulary(first).await)
+        .samples(settings.num_prompts + settings.num_warmups, settings.seed)?;
     let asks: Vec<Ask> = samples.iter().map(|s| ask(settings, &model, s)).collect();
     // One at a time on every server: connections, caches and compiled code are warm.
     for (index, warm_up) in asks[settings.num_prompts..].iter().enumerate() {
@@ -98,6 +101,12 @@ async fn run_load(settings: &Settings, observer: &dyn Observer) -> Result<Report
         observer.say(&format!("warning: {warning}"));
     }
     Ok(Report::new(settings, model, &samples[..settings.num_prompts], load))
+}
+
+/// Size of the server's vocabulary, where it is told (by Bitfast).
+async fn vocabulary(client: &Client) -> Option<u32> {
+    let config = client.get("/debug/config").await.ok()?.json().ok()?;
+    config["vocab_size"].as_u64().and_then(|n| u32::try_from(n).ok())
 }
 
 fn ask(settings: &Settings, model: &str, sample: &Sample) -> Ask {

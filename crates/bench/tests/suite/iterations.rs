@@ -80,6 +80,19 @@ async fn a_batch_that_is_prefilled_in_parts_is_timed_while_it_is_complete() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn ranks_do_not_wait_for_each_other() {
+    // The second server begins when the first one has been done for long.
+    let slow = Duration::from_millis(500);
+    let fakes =
+        [Setup::default(), Setup { prefill: slow, decode: Duration::from_millis(3), ..Setup::default() }]
+            .map(|setup| Fake::start(Dialect::Bitfast, setup, &[]));
+    let row = &measure(&settings(&[&fakes[0], &fakes[1]], Mode::Decode)).await.unwrap().results[0];
+    // The slowest rank is told.
+    near(row.latency_per_iter_ms, 3.0);
+    assert_eq!(row.timed_steps, 9);
+}
+
+#[tokio::test(start_paused = true)]
 async fn prompts_have_the_length_that_was_asked_for_and_share_nothing() {
     let fake = Fake::start(Dialect::Bitfast, Setup { ranks: 2, ..Setup::default() }, &[]);
     let settings = Settings { context_lens: vec![0, 64], ..settings(&[&fake], Mode::Prefill) };

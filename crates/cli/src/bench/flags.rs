@@ -251,7 +251,7 @@ pub struct ServeBenchArgs {
     /// Tokens that all random prompts begin with
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub random_prefix_len: usize,
-    /// Random prompts are token ids below it
+    /// Random prompts are token ids below it, and below the server's own limit where it tells that
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub vocab_size: u32,
     /// Tokens of every answer to sharegpt [default: as long as the file's]
