@@ -11,7 +11,7 @@ use crate::handle::EngineHandle;
 use crate::live::{Live, Place};
 use crate::prepare::Prepared;
 use crate::profile::Recorder;
-use crate::request::{Event, FinishReason, splitmix64};
+use crate::request::{Event, Failure, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
 use crate::shared::{Command, Life, RequestKey, Shared, Submission};
 use crate::stats::{EngineStats, StepRecord};
@@ -279,16 +279,16 @@ impl<R: Runner> Engine<R> {
         let ticket = self.scheduler.ticket(submission.request.priority);
         let live = Live::new(submission, seed, ticket, &config.eos_token_ids);
         self.requests.insert(key, live);
-        if let Err(message) = self.add_sample(key, 0) {
-            self.fail(key, message);
+        if let Err(failure) = self.add_sample(key, 0) {
+            self.fail(key, failure);
         }
     }
 
     /// Puts a sample in line. The handle has validated the request, so an error here is a bug or a race of
     /// limits; it fails the request and nothing else.
-    pub(crate) fn add_sample(&mut self, key: RequestKey, index: u32) -> Result<(), String> {
+    pub(crate) fn add_sample(&mut self, key: RequestKey, index: u32) -> Result<(), Failure> {
         let live = self.requests.get_mut(&key).expect("the request lives");
-        let seq = self.scheduler.add(live.sequence(index)).map_err(|error| error.to_string())?;
+        let seq = self.scheduler.add(live.sequence(index)).map_err(|e| Failure::Engine(e.to_string()))?;
         live.move_to(index, Place::Waiting(seq));
         self.owners.insert(seq, (key, index));
         Ok(())
@@ -318,9 +318,9 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Ends one request with an error; the others go on.
-    fn fail(&mut self, key: RequestKey, message: String) {
+    fn fail(&mut self, key: RequestKey, failure: Failure) {
         self.condemn(key);
-        self.end(key, Some(message));
+        self.end(key, Some(failure));
     }
 
     /// Ends all samples of a request that fails.
@@ -341,7 +341,7 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Ends a request with no samples left. Before its last event its id is free again, and the figures include it.
-    fn end(&mut self, key: RequestKey, failure: Option<String>) {
+    fn end(&mut self, key: RequestKey, failure: Option<Failure>) {
         let live = self.take_out(key);
         self.publish_stats();
         live.end(self.shared.clock.now(), failure);
@@ -381,11 +381,11 @@ impl<R: Runner> Engine<R> {
         let now = self.shared.clock.now();
         self.owners.clear();
         for live in std::mem::take(&mut self.requests).into_values() {
-            live.end(now, Some(reason.to_owned()));
+            live.end(now, Some(Failure::Engine(reason.to_owned())));
         }
         for command in commands {
             if let Command::Submit(mut submission) = command {
-                (submission.sink)(Event::Failed(reason.to_owned()));
+                (submission.sink)(Event::Failed(Failure::Engine(reason.to_owned())));
             }
         }
     }

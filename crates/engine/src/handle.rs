@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::config::EngineInfo;
-use crate::request::{EngineRequest, Event, SubmitError};
+use crate::request::{EngineRequest, Event, Failure, SubmitError};
 use crate::shared::{Command, EventSink, Life, RequestKey, Shared, Submission};
 use crate::sleep::{SleepError, SleepLevel, SleepState, Transition};
 use crate::stats::{EngineStats, StepRecord};
@@ -295,7 +295,10 @@ impl RequestStream {
         if self.ended {
             return None;
         }
-        let event = self.events.recv().unwrap_or_else(|_| Event::Failed("the engine is gone".to_owned()));
+        let event = self
+            .events
+            .recv()
+            .unwrap_or_else(|_| Event::Failed(Failure::Engine("the engine is gone".to_owned())));
         Some(self.note(event))
     }
 
@@ -308,7 +311,7 @@ impl RequestStream {
             Ok(event) => TryEvent::Ready(self.note(event)),
             Err(mpsc::TryRecvError::Empty) => TryEvent::Pending,
             Err(mpsc::TryRecvError::Disconnected) => {
-                TryEvent::Ready(self.note(Event::Failed("the engine is gone".to_owned())))
+                TryEvent::Ready(self.note(Event::Failed(Failure::Engine("the engine is gone".to_owned()))))
             }
         }
     }

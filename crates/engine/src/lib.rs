@@ -33,7 +33,7 @@ pub use live::{forbid_next, row_params};
 pub use model_runner::ModelRunner;
 pub use profile::{MAX_PROFILE_PREFIX, ProfileConfig, ProfileError};
 pub use request::{
-    EngineRequest, Event, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
+    EngineRequest, Event, Failure, FinishReason, InvalidParam, RequestMetrics, SamplingParams, SubmitError,
     TokenLogprobs,
 };
 pub use runner::{

@@ -8,7 +8,7 @@ use bitfast_ops::{LogprobsRow, RowChoice, RowFault, RowParams};
 use bitfast_scheduler::{PromptRows, Request, SeqId, Sequence, Ticket};
 
 use crate::constraint::{Guide, GuideRules, Progress};
-use crate::request::{Event, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs};
+use crate::request::{Event, Failure, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs};
 use crate::shared::{EventSink, Submission};
 
 /// A request in service.
@@ -126,7 +126,7 @@ impl Live {
         generated: usize,
         logprobs: Option<LogprobsRow>,
         now: Duration,
-    ) -> Result<Option<FinishReason>, String> {
+    ) -> Result<Option<FinishReason>, Failure> {
         if self.metrics.time_to_first_token.is_none() {
             self.metrics.time_to_first_token = Some(now.saturating_sub(self.at));
         }
@@ -148,18 +148,19 @@ impl Live {
     }
 
     /// Lets sample `index`'s constraint follow; true when nothing may come after `token`.
-    fn completes(&mut self, index: u32, token: u32) -> Result<bool, String> {
+    fn completes(&mut self, index: u32, token: u32) -> Result<bool, Failure> {
         let Some(guide) = &mut self.samples[index as usize].guide else { return Ok(false) };
-        let progress = guide.accept(token).map_err(|fault| format!("structured output: {fault}"))?;
+        let progress = guide.accept(token).map_err(unfit)?;
         Ok(progress == Progress::Complete)
     }
 
-    /// In words, why no token could be chosen for sample `index`.
-    pub(crate) fn fault(&self, index: u32, fault: RowFault) -> String {
+    /// Why no token could be chosen for sample `index`.
+    pub(crate) fn fault(&self, index: u32, fault: RowFault) -> Failure {
         let guide = self.samples[index as usize].guide.as_ref();
-        match guide.and_then(Guide::fault) {
-            Some(cause) => format!("structured output: {cause}"),
-            None => fault.to_string(),
+        match (guide.and_then(Guide::fault), fault) {
+            (Some(cause), _) => unfit(cause),
+            (None, RowFault::NothingAllowed) => Failure::Request(fault.to_string()),
+            (None, RowFault::NanLogits) => Failure::Engine(fault.to_string()),
         }
     }
 
@@ -178,12 +179,12 @@ impl Live {
     }
 
     /// Ends the request; `None` for the cause means that all samples ended.
-    pub(crate) fn end(mut self, now: Duration, failure: Option<String>) {
+    pub(crate) fn end(mut self, now: Duration, failure: Option<Failure>) {
         self.metrics.total = now.saturating_sub(self.at);
         let metrics = self.metrics;
         self.emit(match failure {
             None => Event::Done(metrics),
-            Some(message) => Event::Failed(message),
+            Some(failure) => Event::Failed(failure),
         });
     }
 
@@ -217,6 +218,10 @@ impl Live {
             output: sequence.output(),
         }
     }
+}
+
+fn unfit(fault: impl std::fmt::Display) -> Failure {
+    Failure::Request(format!("structured output: {fault}"))
 }
 
 pub(crate) fn token_logprobs(token: u32, row: LogprobsRow) -> TokenLogprobs {

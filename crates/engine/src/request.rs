@@ -201,9 +201,21 @@ pub enum Event {
         stop_token: Option<u32>,
     },
     /// The request or the whole engine failed; no more events follow.
-    Failed(String),
+    Failed(Failure),
     /// All samples have ended; the last event.
     Done(RequestMetrics),
+}
+
+/// Why a request has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// It can have none: its constraint, allowed and forbidden tokens leave nothing to choose, or cost more than a step may.
+    /// The caller can mend it.
+    #[error("{0}")]
+    Request(String),
+    /// The model, the device or the engine failed, in these words.
+    #[error("{0}")]
+    Engine(String),
 }
 
 /// Times of one request.

@@ -13,7 +13,7 @@ use crate::engine::Engine;
 use crate::live::{Live, Place, token_logprobs};
 use crate::prepare::RowUse;
 use crate::profile::StepSpan;
-use crate::request::FinishReason;
+use crate::request::{Failure, FinishReason};
 use crate::runner::{ObservedRow, Readback, Runner, RunnerError, StepInputs, StepOutputs};
 use crate::shared::RequestKey;
 use crate::stats::StepRecord;
@@ -22,7 +22,7 @@ use crate::stats::StepRecord;
 #[derive(Default)]
 struct Taken {
     /// Requests whose rows could not be sampled.
-    failures: BTreeMap<RequestKey, String>,
+    failures: BTreeMap<RequestKey, Failure>,
     /// Requests whose prompt has been computed by sample 0: the others may follow.
     prompts_done: Vec<RequestKey>,
 }
@@ -111,7 +111,7 @@ impl<R: Runner> Engine<R> {
         batch: &Batch,
         mut samples: Vec<RowSample>,
         now: Duration,
-    ) -> Vec<(Live, Option<String>)> {
+    ) -> Vec<(Live, Option<Failure>)> {
         let mut taken = Taken::default();
         let mut next_row = 0;
         let mut outcomes = Vec::with_capacity(batch.parts.len());
@@ -186,7 +186,7 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Commits the step, puts further samples in line, and takes out what has ended.
-    fn settle(&mut self, batch: &Batch, outcomes: &[Outcome], taken: Taken) -> Vec<(Live, Option<String>)> {
+    fn settle(&mut self, batch: &Batch, outcomes: &[Outcome], taken: Taken) -> Vec<(Live, Option<Failure>)> {
         let Taken { mut failures, prompts_done } = taken;
         self.scheduler.commit(batch, outcomes);
         let mut touched = Vec::new();

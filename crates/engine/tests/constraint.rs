@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bitfast_engine::{
-    Constraint, ConstraintFault, ConstraintSource, EngineConfig, Event, FinishReason, MayEnd, Progress,
-    SamplingParams, TokenConstraint,
+    Constraint, ConstraintFault, ConstraintSource, EngineConfig, Event, Failure, FinishReason, MayEnd,
+    Progress, SamplingParams, TokenConstraint,
 };
 use bitfast_ops::BitMask;
 use common::*;
@@ -133,7 +133,7 @@ fn other_masks_narrow_it_and_nothing_left_fails_that_request_alone() {
     let mut other = handle.submit(request("other", [1], constrained(&rule, max_tokens(2)))).unwrap();
     settle(&mut engine);
     assert!(
-        matches!(ready(&mut failing).last(), Some(Event::Failed(m)) if m.contains("no token may be chosen"))
+        matches!(ready(&mut failing).last(), Some(Event::Failed(Failure::Request(m))) if m.contains("no token may be chosen"))
     );
     assert_eq!(tokens(&ready(&mut other), 0), [7, 14]);
 }
@@ -147,7 +147,7 @@ fn faults_fail_their_request_alone_and_say_why() {
         let mut failing = handle.submit(request("bad", [prompt], constrained(&rule, max_tokens(4)))).unwrap();
         let mut other = handle.submit(request("good", [1], constrained(&rule, max_tokens(4)))).unwrap();
         settle(&mut engine);
-        assert_eq!(ready(&mut failing).last(), Some(&Event::Failed(why.into())));
+        assert_eq!(ready(&mut failing).last(), Some(&Event::Failed(Failure::Request(why.into()))));
         assert_eq!(tokens(&ready(&mut other), 0), [7, 14, 21, 28]);
     }
 }

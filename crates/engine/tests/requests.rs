@@ -5,7 +5,8 @@ mod common;
 use std::sync::Arc;
 
 use bitfast_engine::{
-    EngineConfig, Event, FinishReason, InvalidParam, SamplingParams, Step, SubmitError, TokenLogprobs,
+    EngineConfig, Event, Failure, FinishReason, InvalidParam, SamplingParams, Step, SubmitError,
+    TokenLogprobs,
 };
 use bitfast_ops::BitMask;
 use common::*;
@@ -89,7 +90,9 @@ fn only_allowed_tokens_appear() {
     assert_eq!(tokens(&complete([1], p), 0), [7, 9, 7]);
     // Nothing is left to choose: the request fails and says so.
     let p = SamplingParams { allowed_token_ids: mask(&[EOS]), min_tokens: 1, ..max_tokens(3) };
-    let Some(Event::Failed(message)) = complete([1], p).pop() else { panic!("it did not fail") };
+    let Some(Event::Failed(Failure::Request(message))) = complete([1], p).pop() else {
+        panic!("it did not fail")
+    };
     assert!(message.contains("no token may be chosen"), "{message}");
 }
 
@@ -165,7 +168,7 @@ fn nan_logits_fail_their_request_alone() {
     let mut bad = handle.submit(request("bad", [NAN - 2], SamplingParams { n: 2, ..max_tokens(9) })).unwrap();
     settle(&mut engine);
     let events = ready(&mut bad);
-    let Some(Event::Failed(message)) = events.last() else { panic!("{events:?}") };
+    let Some(Event::Failed(Failure::Engine(message))) = events.last() else { panic!("{events:?}") };
     assert!(message.contains("NaN"), "{message}");
     assert_eq!(tokens(&ready(&mut good), 0).len(), 9);
     assert_eq!((handle.stats().failed, engine.scheduler().stats().blocks_used), (1, 0));

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 
 use bitfast_engine::{
-    Engine, EngineConfig, EngineError, EngineHandle, Event, FinishReason, Health, Runner, RunnerError,
-    RunnerInfo, Shutdown, SleepLevel, Step, StepInputs, StepOutputs, SubmitError, SystemClock, TryEvent,
-    VirtualClock,
+    Engine, EngineConfig, EngineError, EngineHandle, Event, Failure, FinishReason, Health, Runner,
+    RunnerError, RunnerInfo, Shutdown, SleepLevel, Step, StepInputs, StepOutputs, SubmitError, SystemClock,
+    TryEvent, VirtualClock,
 };
 use common::*;
 
@@ -54,7 +54,7 @@ fn a_failing_runner_fails_everything_with_the_reason() {
             .collect();
         handle.resume().unwrap();
         for stream in streams {
-            let Some(Event::Failed(message)) = stream.last() else { panic!("no failure") };
+            let Some(Event::Failed(Failure::Engine(message))) = stream.last() else { panic!("no failure") };
             assert!(message.contains(reason), "{message}");
         }
         let Health::Dead(message) = handle.health() else { panic!("it lives") };
@@ -210,7 +210,7 @@ fn an_engine_that_is_dropped_fails_its_requests() {
     let (engine, handle) = engine(config());
     let mut stream = handle.submit(request("a", [1], max_tokens(5))).unwrap();
     drop(engine);
-    assert_eq!(stream.recv(), Some(Event::Failed("it was dropped".to_owned())));
+    assert_eq!(stream.recv(), Some(Event::Failed(Failure::Engine("it was dropped".to_owned()))));
     assert_eq!(stream.recv(), None);
 }
 

@@ -1,4 +1,4 @@
-use bitfast_engine::{self as engine, Event, RequestMetrics, TokenLogprobs};
+use bitfast_engine::{self as engine, Event, Failure, RequestMetrics, TokenLogprobs};
 use bitfast_text::{Detokenizer, Placement, SpecialTokens, StopMatcher, StopOutcome, Tokenizer};
 
 use crate::error::{Error, Result};
@@ -121,7 +121,8 @@ impl Assembler {
             }
             Event::Token { index, token, logprobs } => Ok(self.token(index, token, logprobs)),
             Event::Finished { index, reason, stop_token } => Ok(self.finished(index, reason, stop_token)),
-            Event::Failed(message) => Err(Error::Engine(message)),
+            Event::Failed(Failure::Request(message)) => Err(Error::invalid(self.constrained_by(), message)),
+            Event::Failed(Failure::Engine(message)) => Err(Error::Engine(message)),
             Event::Done(metrics) => {
                 self.output.metrics = seconds(&metrics);
                 Ok(Step::Done)
@@ -145,6 +146,11 @@ impl Assembler {
     /// [`output`](Self::output), by value.
     pub fn into_output(self) -> RequestOutput {
         self.output
+    }
+
+    /// The parameter that leaves a sample no token.
+    fn constrained_by(&self) -> &'static str {
+        if self.output.sampling.constrained { "structured_outputs" } else { "allowed_token_ids" }
     }
 
     fn token(&mut self, index: u32, token: u32, logprobs: Option<TokenLogprobs>) -> Step {
@@ -319,7 +325,12 @@ mod tests {
         a.push(Event::Token { index: 0, token: 9, logprobs: None }).unwrap();
         a.push(end(0, engine::FinishReason::Stop, Some(9))).unwrap();
         assert_eq!(a.output().outputs[0].stop_reason, Some(StopReason::Token(9)));
-        assert!(a.push(Event::Failed("broken".into())).unwrap_err().to_string().contains("broken"));
+        assert!(
+            a.push(Event::Failed(Failure::Engine("broken".into())))
+                .unwrap_err()
+                .to_string()
+                .contains("broken")
+        );
     }
 
     #[test]

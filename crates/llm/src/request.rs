@@ -1,6 +1,6 @@
 use std::sync::mpsc;
 
-use bitfast_engine::{Event, RequestGuard};
+use bitfast_engine::{Event, Failure, RequestGuard};
 use bitfast_text::ChatMessage;
 
 use crate::assemble::{Assembler, Chunk, Step};
@@ -111,7 +111,8 @@ impl Iterator for Stream {
     fn next(&mut self) -> Option<Self::Item> {
         while self.guard.is_some() {
             let event = self.events.recv();
-            let event = event.unwrap_or_else(|_| Event::Failed("its thread ended".to_string()));
+            let event =
+                event.unwrap_or_else(|_| Event::Failed(Failure::Engine("its thread ended".to_string())));
             match self.assembler.push(event) {
                 Ok(Step::Quiet) => {}
                 Ok(Step::Chunk(chunk)) => {

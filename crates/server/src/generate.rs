@@ -139,7 +139,8 @@ impl Running {
             }
             Err(error) => {
                 self.live = 0;
-                Some(Err(failed(error.to_string())))
+                // What a request allows can leave it no token.
+                Some(Err(if error.is_user_error() { error.into() } else { failed(error.to_string()) }))
             }
         }
     }

@@ -211,6 +211,13 @@ fn long_prompts_are_cut_or_refused_and_long_answers_clamped() {
 }
 
 #[test]
+fn what_allows_no_token_is_the_callers_mistake() {
+    let s = server();
+    let body = json!({ "prompt": [1], "allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 1, "max_tokens": 2 });
+    assert_eq!(s.post("/v1/completions", &body).refused(), (400, Some("allowed_token_ids".to_owned())));
+}
+
+#[test]
 fn mistakes_name_their_param() {
     let s = server();
     let refused = |path: &str, body: Value, param: &str| {

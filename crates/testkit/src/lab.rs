@@ -329,7 +329,7 @@ impl Outcome {
                 self.transcript.logprobs[index as usize].extend(logprobs.iter().map(scored));
             }
             Event::Finished { .. } => {}
-            Event::Failed(message) => panic!("a request failed: {message}"),
+            Event::Failed(failure) => panic!("a request failed: {failure}"),
             Event::Done(metrics) => self.preemptions = metrics.preemptions,
         }
     }

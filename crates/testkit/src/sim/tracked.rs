@@ -131,7 +131,8 @@ impl Tracked {
                     return Err(format!("sample {index} ended twice"));
                 }
             }
-            Event::Failed(message) => {
+            Event::Failed(failure) => {
+                let message = failure.to_string();
                 self.ended = true;
                 let seed = self.seed.ok_or_else(|| format!("failed before its start: {message}"))?;
                 return match expected(&self.request, seed, max_model_len) {
