@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bitfast_ops::BitMask;
+use rayon::prelude::*;
 
 /// Follows one sample and says which tokens may come next.
 ///
@@ -149,14 +150,28 @@ impl GuideRules {
 /// A thread for fewer guides would cost more than it saves.
 const GUIDES_PER_THREAD: usize = 4;
 
-/// Refreshes all guides, on up to `threads` threads. Which thread has which changes no bit.
-pub(crate) fn refresh_all(guides: &mut [&mut Guide], vocab: usize, threads: usize) {
-    let threads = threads.min(guides.len() / GUIDES_PER_THREAD).max(1);
-    let (own, others) = guides.split_at_mut(guides.len().div_ceil(threads));
-    std::thread::scope(|scope| {
-        for part in others.chunks_mut(own.len().max(1)) {
-            scope.spawn(move || part.iter_mut().for_each(|guide| guide.refresh(vocab)));
+/// Threads that refresh guides. They are started before the steps begin: the thread of the steps may be bound to one core by
+/// its backend, and threads of its own would be bound with it.
+pub(crate) struct MaskThreads(Option<rayon::ThreadPool>);
+
+impl MaskThreads {
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        if threads < 2 {
+            return Ok(Self(None));
         }
-        own.iter_mut().for_each(|guide| guide.refresh(vocab));
-    });
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let pool = pool.thread_name(|i| format!("bitfast-masks-{i}")).build();
+        Ok(Self(Some(pool.map_err(std::io::Error::other)?)))
+    }
+
+    /// Refreshes all guides. Which thread has which changes no bit.
+    pub fn refresh(&self, guides: &mut [&mut Guide], vocab: usize) {
+        match &self.0 {
+            Some(pool) if guides.len() >= 2 * GUIDES_PER_THREAD => pool.install(|| {
+                let parts = guides.par_chunks_mut(GUIDES_PER_THREAD);
+                parts.for_each(|part| part.iter_mut().for_each(|guide| guide.refresh(vocab)));
+            }),
+            _ => guides.iter_mut().for_each(|guide| guide.refresh(vocab)),
+        }
+    }
 }

@@ -7,6 +7,7 @@ use bitfast_scheduler::{ConfigError, Limits, Scheduler, SchedulerConfig, SeqId};
 
 use crate::clock::Clock;
 use crate::config::{EngineConfig, EngineInfo};
+use crate::constraint::MaskThreads;
 use crate::handle::EngineHandle;
 use crate::live::{Live, Place};
 use crate::prepare::Prepared;
@@ -32,8 +33,8 @@ pub enum EngineError {
         /// What the runner has room for.
         limit: usize,
     },
-    /// The engine's thread could not be started.
-    #[error("the engine thread could not be started: {0}")]
+    /// A thread of the engine could not be started.
+    #[error("a thread of the engine could not be started: {0}")]
     Thread(#[from] std::io::Error),
 }
 
@@ -64,6 +65,7 @@ pub struct Engine<R: Runner> {
     /// The profiler, while it runs.
     pub(crate) recorder: Option<Arc<Recorder>>,
     pub(crate) prepared: Prepared,
+    pub(crate) masks: MaskThreads,
     /// Blocks whose content became garbage, when they are to be poisoned.
     pub(crate) discarded: Vec<u32>,
     pub(crate) stats: EngineStats,
@@ -100,6 +102,7 @@ impl<R: Runner> Engine<R> {
             prefix_caching: config.prefix_caching,
             hash_key: config.cache_key,
         })?;
+        let masks = MaskThreads::new(config.mask_threads)?;
         let info = EngineInfo {
             max_model_len,
             vocab_size: room.vocab_size,
@@ -122,6 +125,7 @@ impl<R: Runner> Engine<R> {
             observer: None,
             recorder: None,
             prepared: Prepared::default(),
+            masks,
             discarded: Vec::new(),
             seeds_drawn: 0,
             epoch: 0,

@@ -7,8 +7,7 @@ use std::time::Duration;
 use bitfast_ops::{RowSample, SampleRow};
 use bitfast_scheduler::{Batch, Outcome, Part, Sequence, Turn, Work};
 
-use crate::config::EngineInfo;
-use crate::constraint::{Guide, refresh_all};
+use crate::constraint::{Guide, MaskThreads};
 use crate::engine::Engine;
 use crate::live::{Live, Place, token_logprobs};
 use crate::prepare::RowUse;
@@ -53,7 +52,7 @@ impl<R: Runner> Engine<R> {
     }
 
     pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Range<Duration>), RunnerError> {
-        let Self { prepared, scheduler, requests, owners, runner, .. } = self;
+        let Self { prepared, scheduler, requests, owners, runner, masks, .. } = self;
         prepared.fill(batch, scheduler, |part| {
             let (key, index) = owners[&part.seq];
             (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
@@ -71,7 +70,7 @@ impl<R: Runner> Engine<R> {
                 }
             }
         }
-        refresh_masks(requests, &constrained, &self.shared.info);
+        refresh_masks(requests, &constrained, masks, self.shared.info.vocab_size);
         self.discarded.clear();
         // Poisoned before the new content is written: a block may have found its next owner in this very step.
         scheduler.drain_discarded(&mut self.discarded);
@@ -257,7 +256,8 @@ impl<R: Runner> Engine<R> {
 fn refresh_masks(
     requests: &mut BTreeMap<RequestKey, Live>,
     constrained: &BTreeSet<(RequestKey, u32)>,
-    info: &EngineInfo,
+    masks: &MaskThreads,
+    vocab: usize,
 ) {
     if constrained.is_empty() {
         return;
@@ -270,7 +270,7 @@ fn refresh_masks(
             }
         }
     }
-    refresh_all(&mut guides, info.vocab_size, info.config.mask_threads);
+    masks.refresh(&mut guides, vocab);
 }
 
 fn sample_row<'a>(
