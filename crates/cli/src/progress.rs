@@ -65,13 +65,17 @@ pub fn start(args: EngineArgs, quiet: bool) -> Outcome<LLM> {
     if !quiet {
         let info = llm.info();
         let law = if info.batch_invariant { "" } else { " (batch invariance OFF)" };
+        let engines = match llm.fleet().size() {
+            1 => String::new(),
+            n => format!("{n} engines on "),
+        };
         eprintln!(
-            "{} | class {}{law} | {} | {} | KV cache {} tokens",
+            "{} | class {}{law} | {} | {engines}{} | KV cache {} tokens",
             llm.model(),
             info.class.name(),
             info.fingerprint,
             info.device,
-            info.kv_cache_tokens(),
+            llm.fleet().kv_cache_tokens(),
         );
     }
     Ok(llm)

@@ -95,6 +95,14 @@ impl EngineHandle {
         true
     }
 
+    /// Aborts every request that is live now.
+    pub fn abort_all(&self) {
+        let mut inbox = self.shared.inbox();
+        let keys: Vec<_> = inbox.live.values().copied().collect();
+        inbox.commands.extend(keys.into_iter().map(Command::Abort));
+        self.shared.announce(inbox);
+    }
+
     /// No further step starts (one in flight ends); requests are accepted and queue. Levels that give memory back
     /// return once it has been; level 0 at once. An engine that sleeps more deeply than `level` goes on doing so.
     pub fn pause(&self, level: SleepLevel) -> Result<(), SleepError> {

@@ -76,6 +76,11 @@ impl Fleet {
         self.engines.iter().any(|engine| engine.abort(id))
     }
 
+    /// Aborts every request that is live now.
+    pub fn abort_all(&self) {
+        self.engines.iter().for_each(EngineHandle::abort_all);
+    }
+
     /// Counters and gauges over all engines.
     pub fn stats(&self) -> EngineStats {
         self.rank_stats().into_iter().reduce(|a, b| a + b).expect("a fleet has engines")

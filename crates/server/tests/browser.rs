@@ -16,14 +16,18 @@ struct Browser {
     driver: Child,
     client: Client,
     session: String,
+    /// Where it and its profiles leave files.
+    _scratch: tempfile::TempDir,
     /// A driver whose output nobody could read any more would end.
     _told: Lines<BufReader<ChildStdout>>,
 }
 
 impl Browser {
     fn start() -> Self {
+        let scratch = tempfile::tempdir().unwrap();
         let mut driver = Command::new("chromedriver")
             .args(["--port=0", "--log-level=SEVERE"])
+            .env("TMPDIR", scratch.path())
             .stdout(Stdio::piped())
             .spawn()
             .expect("chromedriver starts");
@@ -39,6 +43,7 @@ impl Browser {
             driver,
             client: Client { address: ([127, 0, 0, 1], port).into() },
             session: String::new(),
+            _scratch: scratch,
             _told: told,
         };
         let options =

@@ -66,7 +66,7 @@ fn vllms_names_do_the_same() {
     assert_eq!(s.get("/is_paused").ok()["is_paused"], true);
     assert_eq!(s.post("/wake_up?tags=scheduling", &json!({})).status, 200);
     assert_eq!(s.get("/is_sleeping").ok()["is_sleeping"], false);
-    assert_eq!(s.post("/sleep?level=0&mode=abort", &json!({})).refused(), (400, Some("mode".into())));
+    assert_eq!(s.post("/sleep?level=0&mode=wait", &json!({})).refused(), (400, Some("mode".into())));
     assert_eq!(s.post("/reset_prefix_cache", &json!({})).status, 200);
     let info = s.get("/server_info").ok();
     assert_eq!(info["vllm_config"]["parallel_config"]["world_size"], 1);
@@ -75,6 +75,24 @@ fn vllms_names_do_the_same() {
     for field in ["data_parallel_size", "tensor_parallel_size", "max_num_seqs", "kv_cache_tokens"] {
         assert!(config[field].as_u64().unwrap() > 0, "{field}");
     }
+}
+
+#[test]
+fn a_pause_can_abort_what_is_live() {
+    let server = Running::start(fake(&Levers::default(), EngineConfig::default()), |_| ());
+    let s = server.client;
+    s.post("/pause", &json!({})).ok();
+    let body = json!({ "prompt": [1], "max_tokens": 1 }).to_string();
+    let live = s.begin("POST", "/v1/completions", &[], body.as_bytes());
+    eventually("one waiting request", || s.get("/debug/batch_info").ok()["num_waiting"] == 1);
+    assert_eq!(s.post("/pause?mode=abort", &json!({})).ok()["status"], "paused");
+    let aborted = read_reply(BufReader::new(live)).ok();
+    assert_eq!(aborted["choices"][0]["finish_reason"], "abort");
+    // Still paused: what comes now waits.
+    let next = s.begin("POST", "/v1/completions", &[], body.as_bytes());
+    eventually("the next one waits", || s.get("/debug/batch_info").ok()["num_waiting"] == 1);
+    s.post("/resume", &json!({})).ok();
+    assert_eq!(read_reply(BufReader::new(next)).ok()["choices"][0]["finish_reason"], "length");
 }
 
 #[test]

@@ -82,10 +82,11 @@ pub(crate) async fn step_stats(state: Shared, params: Params) -> Answer<StepStat
     Ok(Json(StepStats { steps: steps.collect() }))
 }
 
-/// vLLM's `/sleep`: its default is level 1. Running requests always stay (`mode=keep`).
+/// vLLM's `/sleep`: its default is level 1.
 pub(crate) async fn vllm_sleep(state: Shared, params: Params) -> Result<StatusCode, ApiError> {
-    keeps(&params)?;
-    pause(&state, params.get("level")?.unwrap_or(1)).await?;
+    let (mode, level) = (Mode::of(&params)?, params.get("level")?.unwrap_or(1));
+    mode.prepare(&state);
+    pause(&state, level).await?;
     Ok(StatusCode::OK)
 }
 
@@ -107,7 +108,7 @@ pub(crate) async fn is_paused(state: Shared) -> Json<Value> {
 
 /// vLLM's `/pause`.
 pub(crate) async fn vllm_pause(state: Shared, params: Params) -> Answer<Status> {
-    keeps(&params)?;
+    Mode::of(&params)?.prepare(&state);
     pause(&state, 0).await?;
     Ok(Json(Status::of("paused")))
 }
@@ -144,13 +145,28 @@ pub(crate) async fn server_info(state: Shared) -> Json<Value> {
     }))
 }
 
-fn keeps(params: &Params) -> Result<(), ApiError> {
-    match params.text("mode") {
-        None | Some("keep") => Ok(()),
-        Some(mode) => Err(ApiError::invalid(
-            "mode",
-            format!("mode: {mode:?} is not supported; requests are kept (keep)"),
-        )),
+/// What happens to live requests at a pause: vLLM's `mode`.
+enum Mode {
+    /// They stay, and go on at the wake-up. The default here: nothing accepted is lost unasked.
+    Keep,
+    /// They are aborted.
+    Abort,
+}
+
+impl Mode {
+    fn of(params: &Params) -> Result<Self, ApiError> {
+        match params.text("mode") {
+            None | Some("keep") => Ok(Self::Keep),
+            Some("abort") => Ok(Self::Abort),
+            Some(mode) => Err(ApiError::invalid("mode", format!("mode: {mode:?} is neither keep nor abort"))),
+        }
+    }
+
+    fn prepare(self, state: &AppState) {
+        match self {
+            Self::Keep => {}
+            Self::Abort => state.llm.fleet().abort_all(),
+        }
     }
 }
 
