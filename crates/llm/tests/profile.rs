@@ -134,13 +134,6 @@ fn a_trace_shows_every_step_and_every_op_inside_it() {
         let held = |outer: &&Span| outer.holds(op) && outer.name == "execute";
         assert_eq!(parts.iter().filter(held).count(), 1, "{op:?} is outside of every step");
     }
-    // The other thread's parts lie within the op of the same name.
-    let others: Vec<&Span> = ops.iter().filter(|op| op.lane == 1).collect();
-    assert!(!others.is_empty(), "the second thread did nothing");
-    for part in others {
-        let op = ops.iter().find(|op| op.lane == 0 && op.holds(part)).unwrap();
-        assert_eq!(op.name, part.name);
-    }
     let lanes: Vec<&str> = trace["traceEvents"]
         .as_array()
         .unwrap()
@@ -149,6 +142,24 @@ fn a_trace_shows_every_step_and_every_op_inside_it() {
         .map(|e| e["args"]["name"].as_str().unwrap())
         .collect();
     assert_eq!(lanes, ["engine thread, CPU thread 0", "CPU thread 1"]);
+}
+
+/// On a busy machine the second thread may come too late to every op of so small a model: recordings go on until it came.
+#[test]
+fn parts_of_the_other_thread_lie_within_their_ops() {
+    let dir = tempfile::tempdir().unwrap();
+    let llm = load(Some(dir.path()), 1);
+    let came = (0..500).find_map(|_| {
+        llm.fleet().start_profile("t").unwrap();
+        work(&llm);
+        let ops = spans(&read(&llm.fleet().stop_profile().unwrap()[0]), "op");
+        ops.iter().any(|op| op.lane == 1).then_some(ops)
+    });
+    let ops = came.expect("the second thread did nothing in 500 recordings");
+    for part in ops.iter().filter(|op| op.lane == 1) {
+        let op = ops.iter().find(|op| op.lane == 0 && op.holds(part)).unwrap();
+        assert_eq!(op.name, part.name);
+    }
 }
 
 #[test]
