@@ -17,7 +17,7 @@ pub use compare::Difference;
 pub use digest::Digest;
 
 use crate::client::Client;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::iterations::Sleeper;
 use crate::observer::{Cancel, Observer};
 use crate::report::{Page, timestamp};
@@ -176,17 +176,7 @@ pub struct Report {
 /// Checks every property. A server that was paused is awake afterwards, or the error says that it may not be.
 pub async fn run(settings: &Settings, cancel: &Cancel, observer: &dyn Observer) -> Result<Report> {
     let sleeper = Sleeper::default();
-    let result = tokio::select! {
-        result = check_all(settings, sleeper.clone(), observer) => result,
-        () = cancel.cancelled() => Err(Error::Interrupted),
-    };
-    match (result, sleeper.wake().await) {
-        (result, Ok(())) => result,
-        (Ok(_), Err(error)) => Err(error),
-        (Err(first), Err(second)) => {
-            Err(Error::AndAsleep { first: Box::new(first), second: Box::new(second) })
-        }
-    }
+    sleeper.awake_after(check_all(settings, sleeper.clone(), observer), cancel).await
 }
 
 async fn check_all(settings: &Settings, sleeper: Sleeper, observer: &dyn Observer) -> Result<Report> {

@@ -10,6 +10,7 @@ use super::control::{BatchInfo, Control, LastSteps, StepStat};
 use super::{Bench, Mode, Shape};
 use crate::client::{Ask, Asked, Prompt, ms};
 use crate::error::{Error, Result};
+use crate::observer::Cancel;
 
 /// What a round gave.
 #[derive(Clone, Debug)]
@@ -364,8 +365,24 @@ impl Sleeper {
         self.asleep.list().clear();
     }
 
+    /// `work`'s result, or that it was cancelled. Whatever happens, the servers are awake afterwards, or the error says
+    /// that they may not be.
+    pub async fn awake_after<T>(&self, work: impl Future<Output = Result<T>>, cancel: &Cancel) -> Result<T> {
+        let result = tokio::select! {
+            result = work => result,
+            () = cancel.cancelled() => Err(Error::Interrupted),
+        };
+        match (result, self.wake().await) {
+            (result, Ok(())) => result,
+            (Ok(_), Err(error)) => Err(error),
+            (Err(first), Err(second)) => {
+                Err(Error::AndAsleep { first: Box::new(first), second: Box::new(second) })
+            }
+        }
+    }
+
     /// Wakes all that may be asleep.
-    pub async fn wake(&self) -> Result {
+    async fn wake(&self) -> Result {
         let mut result = Ok(());
         let asleep = std::mem::take(&mut *self.asleep.list());
         for control in asleep {

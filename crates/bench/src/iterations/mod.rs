@@ -185,17 +185,7 @@ struct Bench<'a> {
 pub async fn run(settings: &Settings, cancel: &Cancel, observer: &dyn Observer) -> Result<Report> {
     settings.check()?;
     let sleeper = Sleeper::default();
-    let result = tokio::select! {
-        result = measure_all(settings, sleeper.clone(), observer) => result,
-        () = cancel.cancelled() => Err(Error::Interrupted),
-    };
-    match (result, sleeper.wake().await) {
-        (result, Ok(())) => result,
-        (Ok(_), Err(error)) => Err(error),
-        (Err(first), Err(second)) => {
-            Err(Error::AndAsleep { first: Box::new(first), second: Box::new(second) })
-        }
-    }
+    sleeper.awake_after(measure_all(settings, sleeper.clone(), observer), cancel).await
 }
 
 async fn measure_all(settings: &Settings, sleeper: Sleeper, observer: &dyn Observer) -> Result<Report> {

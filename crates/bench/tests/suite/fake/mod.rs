@@ -62,8 +62,6 @@ pub enum Lie {
     SwapsChoices,
     /// Streams other tokens than it answers at once.
     StreamsDiffer,
-    /// Answers depend on what is in the cache.
-    CacheMatters,
     /// Ignores the seed.
     IgnoresSeed,
 }

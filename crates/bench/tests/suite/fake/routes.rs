@@ -325,7 +325,7 @@ fn start(
     if stream && fake.lies(Lie::StreamsDiffer) {
         seed = Some(99);
     }
-    if fake.lies(Lie::NoCache) || fake.lies(Lie::CacheMatters) && !stream && prompt.len() > 200 {
+    if fake.lies(Lie::NoCache) {
         engine.reset_cache();
     }
     let sequence = Sequence {
