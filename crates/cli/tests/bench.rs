@@ -1,95 +1,12 @@
 //! The tools that ask servers, as a user runs them: exit codes, files, Ctrl-C.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+mod common;
 
+use common::{Server, bitfast, code, error_of, json};
 use serde_json::Value;
 
-fn bitfast(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bitfast"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    for variable in bitfast::env::ALL.iter().chain(bitfast::env::BENCH).flat_map(|v| v.names) {
-        command.env_remove(variable);
-    }
-    command
-}
-
-/// A server of the tiny model on a port of its own; gone when dropped.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    fn start(flags: &[&str]) -> Self {
-        let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/bytes-tokenizer");
-        let fixed = [
-            "serve",
-            "--model",
-            "tiny-llama",
-            "--load-format",
-            "dummy",
-            "--device",
-            "cpu",
-            "--host",
-            "127.0.0.1",
-        ];
-        let mut command = bitfast(&fixed);
-        command.args(["--port", "0", "--threads", "2", "--tokenizer"]).arg(tokenizer).args(flags);
-        let mut child = command.spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        let address = loop {
-            line.clear();
-            assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
-            if let Some(address) = line.trim().strip_prefix("listening on http://") {
-                break address.to_string();
-            }
-        };
-        // Somebody has to read what it says later.
-        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-        Self { child, address }
-    }
-
-    fn get(&self, path: &str) -> String {
-        let mut socket = TcpStream::connect(&self.address).unwrap();
-        write!(socket, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        socket.read_to_string(&mut text).unwrap();
-        text
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn code(output: &Output) -> Option<i32> {
-    eprintln!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    output.status.code()
-}
-
-fn error_of(output: &Output) -> String {
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!stderr.contains("panicked"), "{stderr}");
-    stderr
-        .lines()
-        .find(|l| l.starts_with("error: "))
-        .unwrap_or_else(|| panic!("no error: {stderr}"))
-        .to_string()
-}
-
-fn json(path: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
 #[test]
-fn a_server_is_measured_and_checked() {
+fn a_server_is_measured() {
     let server = Server::start(&["-dp", "2"]);
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name).display().to_string();
@@ -112,25 +29,6 @@ fn a_server_is_measured_and_checked() {
     let output = bitfast(&[&load[..], &flags].concat()).output().unwrap();
     assert_eq!(code(&output), Some(0));
     assert_eq!(json(&dir.path().join("r.json"))["total_output_tokens"], 24);
-
-    let url = format!("http://{}", server.address);
-    let digest = file("a.digest");
-    assert_eq!(
-        code(&bitfast(&["check", "-q", "--quick", &url, "--save", &digest]).output().unwrap()),
-        Some(0)
-    );
-    assert_eq!(
-        code(&bitfast(&["check", "-q", "--quick", &url, "--against", &digest]).output().unwrap()),
-        Some(0)
-    );
-}
-
-#[test]
-fn a_server_without_the_law_fails_the_check() {
-    let server = Server::start(&["--no-batch-invariant"]);
-    let output = bitfast(&["check", "-q", "--quick", &server.address]).output().unwrap();
-    assert_eq!(code(&output), Some(1));
-    assert!(String::from_utf8_lossy(&output.stdout).contains("NOT batch-invariant"));
 }
 
 #[test]
@@ -144,7 +42,7 @@ fn ctrl_c_leaves_the_server_awake() {
     while !server.get("/debug/step_stats").contains("wall_ms") {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(sent.success());
     assert_eq!(code(&child.wait_with_output().unwrap()), Some(130));
     assert!(server.get("/is_sleeping").contains("\"is_sleeping\":false"));
@@ -208,13 +106,10 @@ fn bad_flags_and_absent_servers_are_named() {
         assert!(error.contains(culprit), "expected {culprit:?} in {error:?}");
     };
     refused(&["bench", "iterations", "--endpoints", "127.0.0.1:9"], 1, "http://127.0.0.1:9: ");
-    refused(&["check", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9");
     refused(&["bench", "serve", "--endpoints", "127.0.0.1:9"], 1, "http://127.0.0.1:9");
     refused(&["bench", "iterations", "--mode", "decode"], 2, "context-len: decode needs a context");
     refused(&["bench", "iterations", "--endpoints", "ftp://x"], 2, "endpoint: ");
     refused(&["bench", "iterations", "--output", "/no/such/r.json"], 2, "/no/such/r.json");
-    refused(&["check", "--against", "/no/such.digest"], 2, "/no/such.digest");
-    refused(&["check", "--api-key", "a b"], 2, "api-key: ");
     refused(&["bench", "serve", "--request-rate=-1"], 2, "request-rate");
     refused(&["bench", "serve", "--goodput", "x:1"], 2, "goodput: ");
     refused(&["bench", "serve", "--dataset-name", "custom"], 2, "dataset-path: ");
