@@ -4,9 +4,10 @@
 struct Seq {
     u32 first_row, rows, context, table;
 };
-// A piece of work: first row (token-major, head of the group) and where its partial results go, in splits.
+// A piece of work: first row (token-major, head of the group), where its partial results go, in splits, and the tiles of a split where
+// the host decides them (FREE).
 struct Item {
-    u32 seq, row, partial, unused;
+    u32 seq, row, partial, split_tiles;
 };
 
 // A softmax over some keys of one row: its values and l are scaled by 2^-m.

@@ -8,11 +8,17 @@
 //
 // SPLIT 1: a CTA takes one split of 512 keys, and the last one of an item to arrive folds the partial results, always in ascending order.
 // SPLIT 0: it takes all of them, one after the other; the fold so far lies in shared memory.
+// FREE: with SPLIT 1, splits are as long as the item says: the unconstrained mode, whose bits follow the batch.
 //
-// Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT
+// Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT [FREE]
 #define HEADS (GROUP * KV_HEADS)
 #define TILE 64
+#ifdef FREE
+#define SPLIT_TILES ((int)item.split_tiles)
+static_assert(SPLIT, "whole rows fold at the contract's splits");
+#else
 #define SPLIT_TILES 8
+#endif
 #define WARPS (ROW_WARPS * DIM_WARPS)
 #define ROWS (HALF ? 8 : 16 * ROW_WARPS) // HALF: rows 8 to 15 of the one row tile stay empty
 #define DIMS (D / DIM_WARPS)

@@ -74,6 +74,7 @@ fn attention_kernels() -> impl Iterator<Item = KernelSource> {
     HEADS
         .into_iter()
         .flat_map(|spec| [Tiling::decode(&spec), Tiling::prefill(&spec)].map(|tiling| tiling.source(&spec)))
+        .chain(HEADS.into_iter().map(|spec| Tiling::unconstrained(&spec).source(&spec)))
         .chain([Tiling { share: Share::Paired, ..Tiling::prefill(&HEADS[0]) }.source(&HEADS[0])])
 }
 

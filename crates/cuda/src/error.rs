@@ -51,6 +51,12 @@ pub enum CudaError {
     /// NVRTC could not be loaded.
     #[error("NVRTC not found ({0}); install the CUDA runtime compiler (libnvrtc) of CUDA 12.4 or newer")]
     NoNvrtc(String),
+    /// cuBLASLt, which only the unconstrained mode needs, could not be loaded.
+    #[error(
+        "cuBLASLt not found ({0}); the unconstrained mode multiplies with libcublasLt of CUDA 12 or 13: install it (the \
+         wheel nvidia-cublas has it too) or name its file in BITFAST_CUBLASLT"
+    )]
+    NoCublasLt(String),
     /// A kernel did not compile: a bug.
     #[error("kernel {kernel} did not compile:\n{log}")]
     Compile {
@@ -71,3 +77,8 @@ pub enum CudaError {
 
 /// Result of this crate.
 pub type Result<T, E = CudaError> = std::result::Result<T, E>;
+
+/// What the loader says of a library that it could not load, and which.
+pub(crate) fn loader_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |words| words.to_string())
+}

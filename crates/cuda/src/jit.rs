@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use libloading::Library;
 
 use crate::driver::NvrtcApi;
+use crate::error::loader_words;
 use crate::{CudaError, Result};
 
 /// The only architecture that kernels are run on so far.
@@ -88,6 +89,11 @@ impl Jit {
     /// NVRTC's (major, minor).
     pub fn version(&self) -> (i32, i32) {
         self.version
+    }
+
+    /// An address inside NVRTC: tells where it was found.
+    pub(crate) fn address(&self) -> *const std::ffi::c_void {
+        self.nvrtc.version as *const std::ffi::c_void
     }
 
     /// Compiles `sources` (or finds them in the cache) on `threads` threads, so that [`cubin`](Self::cubin) has them at hand.
@@ -216,14 +222,14 @@ fn load(library: Option<&Path>) -> Result<Library> {
             }
         }
         // SAFETY: as above.
-        return unsafe { Library::new(path) }.map_err(|e| CudaError::NoNvrtc(e.to_string()));
+        return unsafe { Library::new(path) }.map_err(|e| CudaError::NoNvrtc(loader_words(&e)));
     }
     let mut last = String::new();
     for name in ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so"] {
         // SAFETY: as above.
         match unsafe { Library::new(name) } {
             Ok(lib) => return Ok(lib),
-            Err(e) => last = e.to_string(),
+            Err(e) => last = loader_words(&e),
         }
     }
     Err(CudaError::NoNvrtc(last))

@@ -17,6 +17,7 @@ pub mod linear;
 pub mod rows;
 pub mod sampler;
 pub mod selfcheck;
+pub mod unconstrained;
 
 pub use backend::{CudaBackend, CudaOptions, Kv, Param, Tensor, Weight};
 pub use error::{CudaError, Result};

@@ -75,6 +75,10 @@ pub enum Share {
     Whole,
     /// As `Split`, for at most 8 rows.
     HalfSplit,
+    /// As `Split`, but splits are as long as an item says: the unconstrained mode, with bits of its own.
+    FreeSplit,
+    /// As `FreeSplit`, for at most 8 rows.
+    FreeHalfSplit,
     /// As `Whole`, on two warpgroups of 64 rows with a pipeline of their own; for heads of up to 128.
     Pipelined,
     /// As `Pipelined`, two tiles of keys at a time and queries in shared memory. Compiles, has not been run on a card yet: no plan picks it.
@@ -88,6 +92,12 @@ impl Tiling {
         // Two blocks a multiprocessor, with as much of the cache on its way as shared memory holds.
         let slots = (110_000 / (128 * spec.head_dim)).min(16);
         Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share }
+    }
+
+    /// As [`decode`](Self::decode), with splits of any length: for the unconstrained mode.
+    pub fn unconstrained(spec: &AttentionSpec) -> Self {
+        let share = if spec.group() <= 8 { Share::FreeHalfSplit } else { Share::FreeSplit };
+        Self { share, ..Self::decode(spec) }
     }
 
     /// As [`decode`](Self::decode), with all splits of a row in one block: no partial results, for steps that would have too many.
@@ -107,7 +117,16 @@ impl Tiling {
 
     /// Rows of an item of work.
     pub fn rows(&self) -> usize {
-        if self.share == Share::HalfSplit { 8 } else { 16 * self.row_warps }
+        if self.is_half() { 8 } else { 16 * self.row_warps }
+    }
+
+    fn is_half(&self) -> bool {
+        matches!(self.share, Share::HalfSplit | Share::FreeHalfSplit)
+    }
+
+    /// Whether the items say how long splits are.
+    pub(crate) fn is_free(&self) -> bool {
+        matches!(self.share, Share::FreeSplit | Share::FreeHalfSplit)
     }
 
     /// Threads of a block: the consumers and one producer warp, or warpgroup.
@@ -145,10 +164,11 @@ impl Tiling {
         defines.extend([
             ("ROW_WARPS", self.row_warps as i64),
             ("DIM_WARPS", self.dim_warps as i64),
-            ("HALF", i64::from(self.share == Share::HalfSplit)),
+            ("HALF", i64::from(self.is_half())),
             ("MIN_CTAS", self.min_ctas as i64),
             ("SPLIT", i64::from(self.share != Share::Whole)),
         ]);
+        defines.extend(self.is_free().then_some(("FREE", 1)));
         KernelSource { name: "attention_paged", parts: PAGED, defines, wgmma_n: None }
     }
 
@@ -189,6 +209,11 @@ impl Attention {
     /// The items of work of `seqs` (indices into the batch's sequences) under this tiling.
     pub fn work(&self, seqs: &[SeqInput], chosen: &[usize]) -> Work {
         Work::new(&self.spec, &self.tiling, seqs, chosen)
+    }
+
+    /// [`work`](Self::work) under a tiling whose splits are `tiles` tiles of 64 keys: not the contract's.
+    pub fn work_in_splits(&self, seqs: &[SeqInput], chosen: &[usize], tiles: usize) -> Work {
+        Work::in_splits(&self.spec, &self.tiling, seqs, chosen, tiles)
     }
 
     /// Queues attention of one batch. `q, out: [tokens, heads, head_dim]` bf16; `kv`: one layer's cache.

@@ -72,19 +72,45 @@ impl Extent {
 /// The items of work of some sequences of a batch: what each block row of a launch does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Items {
-    /// Of each: sequence, first (token, head) row, first split of its partial results, 0.
+    /// Of each: sequence, first (token, head) row, first split of its partial results, tiles of a split where they are free (else 0).
     pub words: Vec<u32>,
     pub extent: Extent,
 }
 
 impl Items {
-    /// The items of the sequences `chosen`.
+    /// The items of the sequences `chosen`, in the contract's splits.
     pub fn new(
         spec: &AttentionSpec,
         tiling: &Tiling,
         seqs: &[SeqInput],
         sequences: &Sequences,
         chosen: &[usize],
+    ) -> Self {
+        assert!(!tiling.is_free(), "{tiling:?} without a length of splits");
+        Self::cut(spec, tiling, seqs, sequences, chosen, [ATTN_SPLIT_KEYS / BLOCK_TOKENS, 0])
+    }
+
+    /// The items of the sequences `chosen` in splits of `tiles` tiles: the unconstrained mode.
+    pub fn in_splits(
+        spec: &AttentionSpec,
+        tiling: &Tiling,
+        seqs: &[SeqInput],
+        sequences: &Sequences,
+        chosen: &[usize],
+        tiles: usize,
+    ) -> Self {
+        assert!(tiling.is_free() && tiles > 0, "{tiling:?} with splits of {tiles} tiles");
+        Self::cut(spec, tiling, seqs, sequences, chosen, [tiles, tiles])
+    }
+
+    /// In splits of `split_tiles` tiles; `said` is what the items say of it.
+    fn cut(
+        spec: &AttentionSpec,
+        tiling: &Tiling,
+        seqs: &[SeqInput],
+        sequences: &Sequences,
+        chosen: &[usize],
+        [split_tiles, said]: [usize; 2],
     ) -> Self {
         let (mut items, mut partials, mut max_splits) = (Vec::new(), 0, 0);
         for &s in chosen {
@@ -93,8 +119,8 @@ impl Items {
             for first in (0..rows).step_by(tiling.rows()) {
                 let last = (first + tiling.rows()).min(rows) - 1;
                 let keys = seq.context_len as usize + last / spec.group() + 1;
-                let splits = keys.div_ceil(ATTN_SPLIT_KEYS);
-                items.push([s as u32, first as u32, partials as u32, 0]);
+                let splits = keys.div_ceil(split_tiles * BLOCK_TOKENS);
+                items.push([s as u32, first as u32, partials as u32, said as u32]);
                 partials += splits;
                 max_splits = max_splits.max(splits);
             }
@@ -135,6 +161,18 @@ impl Work {
     pub(super) fn new(spec: &AttentionSpec, tiling: &Tiling, seqs: &[SeqInput], chosen: &[usize]) -> Self {
         let sequences = Sequences::new(seqs);
         let items = Items::new(spec, tiling, seqs, &sequences, chosen);
+        Self { sequences, items }
+    }
+
+    pub(super) fn in_splits(
+        spec: &AttentionSpec,
+        tiling: &Tiling,
+        seqs: &[SeqInput],
+        chosen: &[usize],
+        tiles: usize,
+    ) -> Self {
+        let sequences = Sequences::new(seqs);
+        let items = Items::in_splits(spec, tiling, seqs, &sequences, chosen, tiles);
         Self { sequences, items }
     }
 }
@@ -226,6 +264,17 @@ mod tests {
         let crossing = (0..150).step_by(8).filter(|first| 500 + (first + 7).min(149) / 3 + 1 > 512).count();
         let extent = work.items.extent;
         assert_eq!((extent.max_splits, extent.partials), (2, 2 + 19 + crossing + 1));
+    }
+
+    #[test]
+    fn free_splits_are_told_to_the_kernel() {
+        let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 64 };
+        let work =
+            |tiles| Work::in_splits(&spec, &Tiling::unconstrained(&spec), &[seq(0, 1, 999)], &[0], tiles);
+        for (tiles, splits) in [(1, 16), (3, 6), (8, 2), (16, 1), (40, 1)] {
+            let Items { words, extent } = work(tiles).items;
+            assert_eq!((words[3] as usize, extent.max_splits, extent.partials), (tiles, splits, splits));
+        }
     }
 
     #[test]

@@ -22,10 +22,11 @@ use crate::driver::{Buffer, Device, Overlap, Stream};
 use crate::jit::Jit;
 use crate::linear::{LinearSpec, Output};
 use crate::rows::{QkvPrepArgs, QkvPrepSpec};
+use crate::unconstrained::{self, Choice, CublasLt};
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
-use step::{Limits, Step};
+use step::{Limits, Splits, Step};
 
 /// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
 /// steps, partial results of attention.
@@ -34,6 +35,9 @@ const OWN_BYTES: u64 = 1 << 30;
 const PLAN_ROWS: usize = 128;
 /// Row counts at which the choice for few rows changes.
 const FEW_ROWS: [usize; 7] = [1, 9, 17, 33, 49, 65, 97];
+
+/// Measured where steps are captured (their sizes are few) and a little beyond.
+const CUBLASLT_CHOICE: Choice = Choice::Fastest { of: 4, rows: 512 };
 
 /// How to open a [`CudaBackend`].
 #[derive(Clone, Debug, PartialEq)]
@@ -46,14 +50,34 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// NVRTC's library; `None`: where the loader finds it.
     pub nvrtc: Option<PathBuf>,
+    /// False: the unconstrained mode, by cuBLASLt.
+    pub batch_invariant: bool,
+    /// cuBLASLt's library; `None`: where the loader finds it, or beside NVRTC. Only the unconstrained mode needs it.
+    pub cublaslt: Option<PathBuf>,
     /// Folder for compiled kernels; `None`: they are compiled at every start.
     pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { ordinal: 0, memory_utilization: 0.9, graphs: true, nvrtc: None, kernel_cache: None }
+        Self {
+            ordinal: 0,
+            memory_utilization: 0.9,
+            graphs: true,
+            nvrtc: None,
+            batch_invariant: true,
+            cublaslt: None,
+            kernel_cache: None,
+        }
     }
+}
+
+/// Whose orders are computed in.
+enum Orders {
+    /// The contract's.
+    Law,
+    /// cuBLASLt's linears and splits of attention by occupancy: they follow the batch.
+    Unconstrained(Box<unconstrained::Linears>),
 }
 
 /// One H100 or H200 as a [`Backend`]: one rank.
@@ -63,6 +87,7 @@ pub struct CudaBackend {
     name: String,
     memory_utilization: f64,
     kernels: Kernels,
+    orders: Orders,
     step: Step,
     /// None: every step is launched op by op.
     graphs: Option<Graphs>,
@@ -80,15 +105,22 @@ impl CudaBackend {
     /// Opens the device and the compiler.
     ///
     /// # Errors
-    /// No driver, no such device, another architecture, no NVRTC.
+    /// No driver, no such device, another architecture, no NVRTC; in the unconstrained mode, no cuBLASLt.
     pub fn new(options: &CudaOptions) -> Result<Self, CudaError> {
         let device = Device::open(options.ordinal)?;
         let stream = device.stream()?;
         let jit = Jit::new(options.nvrtc.as_deref(), options.kernel_cache.clone())?;
+        let orders = if options.batch_invariant {
+            Orders::Law
+        } else {
+            let library = CublasLt::open(&device, &jit, options.cublaslt.as_deref())?;
+            Orders::Unconstrained(Box::new(unconstrained::Linears::new(&library, CUBLASLT_CHOICE)?))
+        };
         Ok(Self {
             name: format!("cuda:{}", options.ordinal),
             memory_utilization: options.memory_utilization,
             kernels: Kernels::new(&device, jit),
+            orders,
             step: Step::new(&device, &stream)?,
             graphs: options.graphs.then(Graphs::default),
             heads: Vec::new(),
@@ -120,7 +152,12 @@ impl CudaBackend {
     }
 
     fn upload_step(&mut self) -> Result<()> {
-        let limits = Limits { graphs: self.graphs.is_some(), logit_rows: self.logit_rows.get() };
+        let splits = match self.orders {
+            Orders::Law => Splits::Law,
+            // Two blocks share a multiprocessor.
+            Orders::Unconstrained(_) => Splits::ByOccupancy { places: 2 * self.device.sms() },
+        };
+        let limits = Limits { graphs: self.graphs.is_some(), logit_rows: self.logit_rows.get(), splits };
         let changed = self.step.upload(&self.stream, &self.heads, limits).map_err(failed(&self.name))?;
         if let (true, Some(graphs)) = (changed, &mut self.graphs) {
             graphs.clear();
@@ -139,9 +176,16 @@ impl CudaBackend {
         if rows == 0 {
             return Ok(());
         }
-        self.run(|be| {
-            let Some(linear) = be.kernels.linear(w.spec, rows)? else { return Ok(()) };
-            linear.call(&x.data, &w.data, 0, out, rows, Overlap::WithPrevious)?.launch(&be.stream)
+        self.run(|be| match &mut be.orders {
+            Orders::Law => {
+                let Some(linear) = be.kernels.linear(w.spec, rows)? else { return Ok(()) };
+                linear.call(&x.data, &w.data, 0, out, rows, Overlap::WithPrevious)?.launch(&be.stream)
+            }
+            // It has its kernels already.
+            Orders::Unconstrained(_) if be.kernels.phase != Phase::Run => Ok(()),
+            Orders::Unconstrained(linears) => {
+                linears.multiply(&be.stream, &w.spec, &x.data, &w.data, 0, out, rows)
+            }
         })
     }
 
@@ -168,13 +212,20 @@ impl Backend for CudaBackend {
     }
 
     fn batch_invariant(&self) -> bool {
-        true
+        matches!(self.orders, Orders::Law)
     }
 
     fn device(&self) -> String {
         let (major, minor) = self.kernels.compiler();
         let mode = if self.graphs.is_some() { "graphs" } else { "eager" };
-        format!("{} ({}), NVRTC {major}.{minor}, {mode}", self.device.name(), self.name)
+        let linears = match &self.orders {
+            Orders::Law => String::new(),
+            Orders::Unconstrained(linears) => {
+                let [major, minor, patch] = linears.version();
+                format!(", cuBLASLt {major}.{minor}.{patch}")
+            }
+        };
+        format!("{} ({}), NVRTC {major}.{minor}, {mode}{linears}", self.device.name(), self.name)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -403,7 +454,11 @@ impl Backend for CudaBackend {
         }
         self.run(|be| {
             if be.kernels.phase != Phase::Run {
-                for tiling in [Tiling::decode(&spec), Tiling::prefill(&spec)] {
+                let few = match be.orders {
+                    Orders::Law => Tiling::decode(&spec),
+                    Orders::Unconstrained(_) => Tiling::unconstrained(&spec),
+                };
+                for tiling in [few, Tiling::prefill(&spec)] {
                     be.kernels.attention(spec, tiling)?;
                 }
                 return Ok(());

@@ -7,6 +7,7 @@ use super::graphs::{GraphKey, bucket};
 use crate::Result;
 use crate::attention::{AttentionBatch, AttentionSpec, BLOCK_TOKENS, Extent, Items, Sequences, Tiling};
 use crate::driver::{Buffer, Device, Event, Pinned, Stream};
+use crate::unconstrained::split_tiles;
 
 /// A token id, slot or logit row that is none: padding.
 const NOBODY: u32 = u32::MAX;
@@ -64,6 +65,17 @@ pub(super) struct Limits {
     pub graphs: bool,
     /// Rows that the logits' buffer holds.
     pub logit_rows: usize,
+    /// Where splits of attention end.
+    pub splits: Splits,
+}
+
+/// Who says where the splits of few rows' attention end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Splits {
+    /// The contract.
+    Law,
+    /// The batch: they fill so many thread blocks (the unconstrained mode).
+    ByOccupancy { places: usize },
 }
 
 /// First words of each part of the block.
@@ -134,7 +146,8 @@ impl Step {
         let rows = self.batch.num_tokens();
         let padded = bucket(rows).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows);
         let sequences = Sequences::new(seqs);
-        let plans: Vec<Items> = specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded)).collect();
+        let plans: Vec<Items> =
+            specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded, limits.splits)).collect();
         self.rows = padded.unwrap_or(rows);
         self.logit_rows = padded.unwrap_or(self.batch.logit_rows.len());
         self.graph = padded.map(|rows| {
@@ -230,13 +243,22 @@ impl Step {
 }
 
 /// Attention's launches for one shape of heads: few rows a sequence, then many.
-fn plan(spec: &AttentionSpec, seqs: &[SeqInput], sequences: &Sequences, padded: Option<usize>) -> Vec<Items> {
+fn plan(
+    spec: &AttentionSpec,
+    seqs: &[SeqInput],
+    sequences: &Sequences,
+    padded: Option<usize>,
+    splits: Splits,
+) -> Vec<Items> {
     let is_few = |s: &SeqInput| padded.is_some() || s.num_rows as usize * spec.group() <= SPLIT_ROWS;
     let (few, many): (Vec<usize>, Vec<usize>) = (0..seqs.len()).partition(|i| is_few(&seqs[*i]));
     let items = |tiling: Tiling, chosen: &[usize]| Items::new(spec, &tiling, seqs, sequences, chosen);
     let mut plans = Vec::new();
     if !few.is_empty() {
-        let mut plan = items(Tiling::decode(spec), &few);
+        let mut plan = match splits {
+            Splits::Law => items(Tiling::decode(spec), &few),
+            Splits::ByOccupancy { places } => by_occupancy(spec, seqs, sequences, &few, places),
+        };
         if plan.extent.partials > MOST_PARTIALS {
             plan = items(Tiling::decode_whole(spec), &few);
         }
@@ -251,6 +273,22 @@ fn plan(spec: &AttentionSpec, seqs: &[SeqInput], sequences: &Sequences, padded: 
         plans.push(items(Tiling::prefill(spec), &many));
     }
     plans
+}
+
+/// The items of the sequences `few`, in splits that fill `places` thread blocks.
+fn by_occupancy(
+    spec: &AttentionSpec,
+    seqs: &[SeqInput],
+    sequences: &Sequences,
+    few: &[usize],
+    places: usize,
+) -> Items {
+    let tiling = Tiling::unconstrained(spec);
+    let items = |s: &usize| (seqs[*s].num_rows as usize * spec.group()).div_ceil(tiling.rows());
+    let blocks = spec.kv_heads * few.iter().map(items).sum::<usize>();
+    let keys = few.iter().map(|s| (seqs[*s].context_len + seqs[*s].num_rows) as usize).max().unwrap_or(0);
+    let tiles = split_tiles(blocks, keys.div_ceil(BLOCK_TOKENS), places);
+    Items::in_splits(spec, &tiling, seqs, sequences, few, tiles)
 }
 
 #[cfg(test)]
@@ -272,7 +310,7 @@ mod tests {
     }
 
     fn plans(seqs: &[SeqInput], padded: Option<usize>) -> Vec<Items> {
-        plan(&SPEC, seqs, &Sequences::new(seqs), padded)
+        plan(&SPEC, seqs, &Sequences::new(seqs), padded, Splits::Law)
     }
 
     #[test]
@@ -308,5 +346,19 @@ mod tests {
         let found = plans(&decoding(&[100_000; 64]), None);
         assert_eq!(found[0].extent.tiling.share, Share::Whole);
         assert_eq!(found[0].extent.partials, 0);
+    }
+
+    #[test]
+    fn without_the_law_splits_follow_the_batch() {
+        let splits = |contexts: &[u32]| {
+            let seqs = decoding(contexts);
+            let by = Splits::ByOccupancy { places: 264 };
+            let found = plan(&SPEC, &seqs, &Sequences::new(&seqs), Some(16), by);
+            let [plan] = &found[..] else { panic!("{} launches", found.len()) };
+            assert_eq!(plan.extent.tiling, Tiling::unconstrained(&SPEC));
+            plan.words[3]
+        };
+        // The same sequence: alone its splits are 4 tiles, among three others 18, however long those are.
+        assert_eq!([splits(&[8000]), splits(&[8000, 90, 90, 90]), splits(&[8000; 16])], [4, 18, 63]);
     }
 }

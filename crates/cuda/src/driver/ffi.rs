@@ -1,4 +1,4 @@
-//! The part of the CUDA driver API and of NVRTC that Bitfast calls, resolved when a device is opened.
+//! The part of the CUDA driver API, of NVRTC and of cuBLASLt that Bitfast calls, resolved when a device is opened.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -62,7 +62,7 @@ macro_rules! api {
             /// # Errors
             /// The name of the first symbol that is missing.
             pub fn new(library: Library) -> Result<Self, &'static str> {
-                // SAFETY: the signatures below are those of cuda.h and nvrtc.h for these exact symbol names,
+                // SAFETY: the signatures below are those of cuda.h, nvrtc.h and cublasLt.h for these exact symbol names,
                 // whose ABI the vendor keeps; the library lives as long as the pointers, in `_library`.
                 unsafe {
                     Ok(Self {
@@ -139,3 +139,44 @@ api! {
         cubin = "nvrtcGetCUBIN"(Handle, *mut c_char);
     }
 }
+
+api! {
+    /// libcublasLt: matrices are column-major, scalars on the host.
+    CublasLtApi {
+        property = "cublasLtGetProperty"(c_int, *mut c_int);
+        create = "cublasLtCreate"(*mut Handle);
+        destroy = "cublasLtDestroy"(Handle);
+        product_create = "cublasLtMatmulDescCreate"(*mut Handle, c_int, c_int);
+        product_set = "cublasLtMatmulDescSetAttribute"(Handle, c_int, *const c_void, usize);
+        product_destroy = "cublasLtMatmulDescDestroy"(Handle);
+        layout_create = "cublasLtMatrixLayoutCreate"(*mut Handle, c_int, u64, u64, i64);
+        layout_destroy = "cublasLtMatrixLayoutDestroy"(Handle);
+        preference_create = "cublasLtMatmulPreferenceCreate"(*mut Handle);
+        preference_set = "cublasLtMatmulPreferenceSetAttribute"(Handle, c_int, *const c_void, usize);
+        preference_destroy = "cublasLtMatmulPreferenceDestroy"(Handle);
+        heuristic = "cublasLtMatmulAlgoGetHeuristic"(
+            Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut CublasLtChoice, *mut c_int
+        );
+        multiply = "cublasLtMatmul"(
+            Handle, Handle, *const f32, DevicePtr, Handle, DevicePtr, Handle, *const f32, DevicePtr, Handle,
+            DevicePtr, Handle, *const [u64; 8], DevicePtr, usize, Handle
+        );
+    }
+}
+
+/// A `cublasLtMatmulHeuristicResult_t`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CublasLtChoice {
+    /// A `cublasLtMatmulAlgo_t`: opaque, without pointers.
+    pub algorithm: [u64; 8],
+    /// Bytes that it needs.
+    pub workspace: usize,
+    /// 0: the rest is valid.
+    pub state: CuResult,
+    /// Waves of blocks over the card.
+    pub waves: f32,
+    reserved: [c_int; 4],
+}
+
+const _: () = assert!(size_of::<CublasLtChoice>() == 96);

@@ -11,12 +11,13 @@ mod ffi;
 mod memory;
 mod stream;
 
-pub(crate) use ffi::NvrtcApi;
+pub(crate) use ffi::{CublasLtApi, CublasLtChoice, Handle, NvrtcApi};
 pub use memory::{Buffer, Pinned, TensorMap, TensorMapDesc, TensorMapElement};
 pub use stream::{Event, Graph, Stream};
 
+use crate::error::loader_words;
 use crate::{CudaError, Result};
-use ffi::{ATTRIBUTE_PROGRAMMATIC_SERIALIZATION, DriverApi, Handle, LaunchAttribute, LaunchConfig};
+use ffi::{ATTRIBUTE_PROGRAMMATIC_SERIALIZATION, DriverApi, LaunchAttribute, LaunchConfig};
 
 /// An opened GPU: its primary context and the driver's functions. Cheap to clone.
 #[derive(Clone)]
@@ -49,7 +50,7 @@ impl Device {
     pub fn open(ordinal: usize) -> Result<Self> {
         // SAFETY: libcuda's initialisers have no preconditions.
         let library =
-            unsafe { Library::new("libcuda.so.1") }.map_err(|e| CudaError::NoDriver(e.to_string()))?;
+            unsafe { Library::new("libcuda.so.1") }.map_err(|e| CudaError::NoDriver(loader_words(&e)))?;
         let api = DriverApi::new(library)
             .map_err(|symbol| CudaError::MissingSymbol { library: "the NVIDIA driver", symbol })?;
         let check = |call, code| check(&api, call, code);

@@ -56,7 +56,7 @@ impl Device {
 }
 
 impl Stream {
-    pub(super) fn handle(&self) -> Handle {
+    pub(crate) fn handle(&self) -> Handle {
         self.handle
     }
 
