@@ -36,6 +36,12 @@ pub const NVRTC: EnvVar = EnvVar {
     doc: "path of NVRTC's library (default: libnvrtc.so.13 or .12 where the loader finds it)",
 };
 
+/// The library of the unconstrained mode on a GPU.
+pub const CUBLASLT: EnvVar = EnvVar {
+    names: &["BITFAST_CUBLASLT"],
+    doc: "path of cuBLASLt's library, for --no-batch-invariant on a GPU (default: as NVRTC's, or beside it)",
+};
+
 /// The server's key.
 pub const API_KEY: EnvVar = EnvVar {
     names: &["BITFAST_API_KEY", "VLLM_API_KEY"],
@@ -100,6 +106,7 @@ pub const ALL: &[EnvVar] = &[
     CPU_ISA,
     KV_CACHE_GIB,
     NVRTC,
+    CUBLASLT,
     API_KEY,
     CACHE,
     XDG_CACHE_HOME,

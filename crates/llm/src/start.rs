@@ -45,23 +45,25 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
         Device::Cpu => Ok(Target::Cpu(isa)),
         // Whatever a GPU would refuse, or that is asked of the CPU alone, goes to the CPU.
         Device::Auto if args.numerics == Some(Class::Portable) => Ok(Target::Cpu(isa)),
-        Device::Auto if !args.batch_invariant || args.data_parallel_size > 1 || args.cpu_isa.is_some() => {
-            Ok(Target::Cpu(isa))
-        }
-        Device::Auto => Ok(cuda(args, 0).map_or(Target::Cpu(isa), |gpu| Target::Cuda(Box::new(gpu)))),
+        Device::Auto if args.data_parallel_size > 1 || args.cpu_isa.is_some() => Ok(Target::Cpu(isa)),
+        Device::Auto => match cuda(args, 0) {
+            Ok(gpu) => Ok(Target::Cuda(Box::new(gpu))),
+            // A baseline on another device than the law's would tell nothing.
+            Err(e @ CudaError::NoCublasLt(_)) => Err(Error::invalid("batch_invariant", e.to_string())),
+            Err(_) => Ok(Target::Cpu(isa)),
+        },
         Device::Cuda(ordinal) => {
             if args.numerics == Some(Class::Portable) {
                 return Err(Error::invalid("numerics", "a GPU computes in class hopper, not portable"));
-            }
-            if !args.batch_invariant {
-                let message = "the CUDA backend has no unconstrained mode yet";
-                return Err(Error::invalid("batch_invariant", message));
             }
             if args.data_parallel_size > 1 {
                 let message = "one GPU runs one engine; start one server a GPU";
                 return Err(Error::invalid("data_parallel_size", message));
             }
-            let gpu = cuda(args, ordinal).map_err(|e| Error::invalid("device", e.to_string()))?;
+            let gpu = cuda(args, ordinal).map_err(|e| match e {
+                e @ CudaError::NoCublasLt(_) => Error::invalid("batch_invariant", e.to_string()),
+                e => Error::invalid("device", e.to_string()),
+            })?;
             Ok(Target::Cuda(Box::new(gpu)))
         }
     }
@@ -80,6 +82,8 @@ fn cuda(args: &EngineArgs, ordinal: usize) -> Result<CudaBackend, CudaError> {
         memory_utilization: args.gpu_memory_utilization,
         graphs: !args.enforce_eager,
         nvrtc: crate::env::NVRTC.get().map(|(_, path)| path.into()),
+        batch_invariant: args.batch_invariant,
+        cublaslt: crate::env::CUBLASLT.get().map(|(_, path)| path.into()),
         kernel_cache: crate::fetch::cache_dir().ok().map(|dir| dir.join("kernels")),
     })
 }
