@@ -21,13 +21,15 @@ Without it: copy the bundle, unpack it, run ./run.sh there.
   TEST         only these, such as twin_linear";
 
 /// Test binaries: package and test. Each one's GPU tests are ignored where there is none.
-const TESTS: [(&str, &str); 6] = [
+const TESTS: [(&str, &str); 8] = [
     ("bitfast-cuda", "selfcheck"),
     ("bitfast-cuda", "twin_linear"),
     ("bitfast-cuda", "twin_rows"),
     ("bitfast-cuda", "twin_attention"),
     ("bitfast-cuda", "twin_sampler"),
+    ("bitfast-testkit", "golden_cuda"),
     ("bitfast-testkit", "law_cuda"),
+    ("bitfast-testkit", "law_cuda_breakers"),
 ];
 
 /// What `cargo xtask gpu` was asked for.

@@ -1,6 +1,8 @@
 //! Every linear variant computes the bits of the reference, for every number of tokens. Needs an H100 or H200 and
 //! NVRTC: `--include-ignored` runs the tests there.
 
+use std::sync::Mutex;
+
 use bitfast_cuda::driver::{Buffer, Overlap};
 use bitfast_cuda::jit::KernelSource;
 use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide, plan};
@@ -9,7 +11,7 @@ use bitfast_ops::{Class, LinearKind, bf16, reference};
 
 mod gpu;
 
-use gpu::{Gpu, bytes, gpu};
+use gpu::{Compare, Gpu, bytes, gpu, parallel};
 
 const TOKENS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
 
@@ -55,18 +57,27 @@ impl Gpu {
 
     /// The output's bytes; they and the rows past the last one are poisoned before, and those must stay so.
     fn run(&self, spec: LinearSpec, variant: Variant, x: &Buffer, w: &Buffer, rows: usize) -> Vec<u8> {
-        let width = if spec.output == Output::F32 { 4 } else { 2 };
-        let y = self.device.alloc((rows + 3) * spec.outputs() * width).expect("memory");
-        y.fill(&self.stream, 0xff).expect("poison");
-        let linear = Linear::new(&self.device, &self.jit, spec, variant).expect("a kernel");
-        let call = linear.call(x, w, 0, &y, rows, Overlap::None).expect("a plan");
-        call.launch(&self.stream).expect("launch");
-        let mut out = vec![0; y.len()];
-        y.read(&self.stream, 0, &mut out).expect("read");
-        let rest = out.split_off(rows * spec.outputs() * width);
+        let mut out = self.read(&self.launch(spec, variant, x, w, rows));
+        let rest = out.split_off(rows * spec.outputs() * width(&spec));
         assert!(rest.iter().all(|b| *b == 0xff), "{variant:?} wrote past {rows} rows of {spec:?}");
         out
     }
+
+    /// The output, with three rows of poison behind it.
+    fn launch(&self, spec: LinearSpec, variant: Variant, x: &Buffer, w: &Buffer, rows: usize) -> Buffer {
+        let y = self.poisoned((rows + 3) * spec.outputs() * width(&spec));
+        let linear = Linear::new(&self.device, &self.jit, spec, variant).expect("a kernel");
+        let call = linear.call(x, w, 0, &y, rows, Overlap::None).expect("a plan");
+        call.launch(&self.stream).expect("launch");
+        // Before the kernel is unloaded.
+        self.stream.synchronize().expect("a kernel that ran");
+        y
+    }
+}
+
+/// Bytes of an output.
+fn width(spec: &LinearSpec) -> usize {
+    if spec.output == Output::F32 { 4 } else { 2 }
 }
 
 fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
@@ -214,6 +225,164 @@ fn fused_gates_and_ups_equal_the_reference() {
     let specs = [fused(4096, 2048), fused(1232, 200)];
     equals_the_cpu_reference(&gpu, &specs);
     compare(&gpu, &specs, &TOKENS);
+}
+
+/// (outputs, products, kind) of the layers of Qwen3-1.7B, Llama-3.2-1B, Llama-3.1-8B, Qwen3-0.6B and SmolLM2-135M.
+const ANCHORS: [(usize, usize, LinearKind); 25] = [
+    (4096, 2048, LinearKind::Column),
+    (2048, 2048, LinearKind::Row),
+    (12288, 2048, LinearKind::GateUp),
+    (2048, 6144, LinearKind::Row),
+    (151_936, 2048, LinearKind::Vocab),
+    (3072, 2048, LinearKind::Column),
+    (16384, 2048, LinearKind::GateUp),
+    (2048, 8192, LinearKind::Row),
+    (128_256, 2048, LinearKind::Vocab),
+    (6144, 4096, LinearKind::Column),
+    (4096, 4096, LinearKind::Row),
+    (28672, 4096, LinearKind::GateUp),
+    (4096, 14336, LinearKind::Row),
+    (128_256, 4096, LinearKind::Vocab),
+    (4096, 1024, LinearKind::Column),
+    (1024, 2048, LinearKind::Row),
+    (6144, 1024, LinearKind::GateUp),
+    (1024, 3072, LinearKind::Row),
+    (151_936, 1024, LinearKind::Vocab),
+    (960, 576, LinearKind::Column),
+    (576, 576, LinearKind::Row),
+    (3072, 576, LinearKind::GateUp),
+    (576, 1536, LinearKind::Row),
+    (49_152, 576, LinearKind::Vocab),
+    // No whole tiles, and a last block of K that is not full.
+    (1000, 456, LinearKind::Column),
+];
+
+/// [`TOKENS`] and both sides of every border at which [`plan`] chooses anew.
+fn anchor_tokens() -> Vec<usize> {
+    let borders = [8, 16, 32, 48, 64, 96, 128, 256, 384, 512];
+    let mut tokens: Vec<usize> = borders.into_iter().flat_map(|b| [b, b + 1]).chain(TOKENS).collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens
+}
+
+/// What the plan picks for the anchor models' layers gives the reference kernel's bits in every element, at every number of tokens;
+/// and rows and outputs on all sides of tiles those of the CPU's reference.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn anchor_layers_equal_the_references() {
+    let gpu = gpu();
+    let compare = Compare::new(&gpu);
+    let specs: Vec<LinearSpec> = ANCHORS.iter().map(|(n, k, kind)| LinearSpec::new(*kind, *n, *k)).collect();
+    let tokens = anchor_tokens();
+    let of_spec = |spec: &LinearSpec| {
+        let planned = tokens.iter().map(|rows| plan(spec, *rows, 132));
+        planned.chain([Variant::Reference]).map(|variant| variant.source(spec)).collect::<Vec<_>>()
+    };
+    let mut sources: Vec<KernelSource> = specs.iter().flat_map(of_spec).collect();
+    sources.sort_by_key(KernelSource::label);
+    sources.dedup();
+    gpu.prepare(&sources);
+    let mut runs = 0;
+    for spec in specs {
+        // Steps have at most some hundred rows of logits.
+        let most = if spec.output == Output::F32 { 1000 } else { 4096 };
+        let (x, w) = (filled(most, spec.k, even_rows), filled(spec.n, spec.k, odd_first_row));
+        let on_gpu = gpu.upload(&bytes(&w));
+        let sample = Sample::of(&spec, &x, &w);
+        for &rows in tokens.iter().filter(|rows| **rows <= most) {
+            let x = gpu.upload_rows(&x, rows, spec.k);
+            let launch = |variant| gpu.launch(spec, variant, &x, &on_gpu, rows);
+            let (got, expected) = (launch(plan(&spec, rows, gpu.device.sms())), launch(Variant::Reference));
+            let written = rows * spec.outputs();
+            let [differing, unwritten] = compare.run(&gpu, &got, &expected, width(&spec), written);
+            assert_eq!(
+                (differing, unwritten),
+                (0, 0),
+                "{spec:?} at {rows} rows: elements that differ, unwritten"
+            );
+            sample.check(&gpu, &spec, &got, rows);
+            runs += 1;
+        }
+    }
+    println!("{runs} runs equal, {} kernels", sources.len());
+}
+
+/// `[rows, k]`, made in parallel, two rows at a time.
+fn filled(rows: usize, k: usize, shape: fn(&mut [bf16], usize)) -> Vec<bf16> {
+    let mut all = vec![bf16::ZERO; rows * k];
+    let pairs: Vec<_> = all.chunks_mut(2 * k).map(Mutex::new).collect();
+    parallel(pairs.len(), |i| {
+        let mut pair = pairs[i].lock().expect("one writer");
+        let made = values(pair.len(), i as u64 + 7);
+        pair.copy_from_slice(&made);
+        shape(&mut pair, k);
+    });
+    all
+}
+
+fn even_rows(rows: &mut [bf16], k: usize) {
+    rows.chunks_mut(k).for_each(|row| (0..k / 2).for_each(|i| row[k - 1 - i] = row[i]));
+}
+
+fn odd_first_row(rows: &mut [bf16], k: usize) {
+    (0..k / 2).for_each(|i| rows[k - 1 - i] = -rows[i]);
+}
+
+/// What the CPU's reference gives for some rows and outputs of a layer.
+struct Sample {
+    rows: Vec<usize>,
+    outputs: Vec<usize>,
+    /// Of each row, the bytes of its outputs.
+    expected: Vec<Vec<u8>>,
+}
+
+impl Sample {
+    fn of(spec: &LinearSpec, x: &[bf16], w: &[bf16]) -> Self {
+        const ROWS: [usize; 20] =
+            [0, 1, 6, 7, 8, 15, 16, 31, 47, 63, 64, 95, 127, 128, 200, 255, 511, 999, 2500, 4095];
+        let most = x.len() / spec.k;
+        let rows: Vec<usize> = ROWS.into_iter().filter(|row| *row < most).collect();
+        let n = spec.outputs();
+        // The ends, and places in between that are neither on one side of tiles nor of one parity.
+        let mut outputs: Vec<usize> =
+            (0..8).chain(n - 8..n).chain((1..24).map(|i| i * n / 24 + i % 9)).collect();
+        outputs.sort_unstable();
+        outputs.dedup();
+        let chosen: Vec<bf16> = outputs.iter().flat_map(|o| &w[o * spec.k..][..spec.k]).copied().collect();
+        let expected: Vec<_> = rows.iter().map(|_| Mutex::new(Vec::new())).collect();
+        parallel(rows.len(), |i| {
+            let x = &x[rows[i] * spec.k..][..spec.k];
+            *expected[i].lock().expect("one writer") = match spec.output {
+                Output::F32 => {
+                    let y = reference::linear_f32(Class::Hopper, spec.order, x, &chosen, spec.k);
+                    y.iter().flat_map(|v| v.to_le_bytes()).collect()
+                }
+                Output::Bf16 => bytes(&reference::linear(Class::Hopper, spec.order, x, &chosen, spec.k)),
+                Output::SiluMul => {
+                    let ups: Vec<bf16> =
+                        outputs.iter().flat_map(|o| &w[(n + o) * spec.k..][..spec.k]).copied().collect();
+                    let [gates, ups] =
+                        [&chosen, &ups].map(|w| reference::linear(Class::Hopper, spec.order, x, w, spec.k));
+                    bytes(&reference::silu_mul(&gates, &ups))
+                }
+            };
+        });
+        let expected = expected.into_iter().map(|e| e.into_inner().expect("one writer")).collect();
+        Self { rows, outputs, expected }
+    }
+
+    /// Compares the outputs `y` of the first `rows` rows.
+    fn check(&self, gpu: &Gpu, spec: &LinearSpec, y: &Buffer, rows: usize) {
+        let width = width(spec);
+        let mut line = vec![0; spec.outputs() * width];
+        for (row, expected) in self.rows.iter().zip(&self.expected).filter(|(row, _)| **row < rows) {
+            y.read(&gpu.stream, row * line.len(), &mut line).expect("a kernel that ran");
+            let got: Vec<u8> =
+                self.outputs.iter().flat_map(|o| &line[o * width..][..width]).copied().collect();
+            assert_eq!(&got, expected, "{spec:?} at {rows} rows: row {row} and the CPU's reference");
+        }
+    }
 }
 
 /// The comparison can fail: another order gives other bits.

@@ -1,77 +1,26 @@
-//! Golden: our logits against those of Hugging Face transformers, teacher-forced.
-//!
-//! The truth is transformers in fp32 on the same bf16 weights. The yardstick is transformers' own bf16 run: our
-//! distance from the truth may be at most 1.2 times its distance. Distance is the root mean square of the
-//! differences of all stored logits, pooled over all stored rows: one number for a model, so that a row on which
-//! bf16 happens to be lucky does not decide; and the mean KL divergence, which weighs logits as a reader of
-//! probabilities does, and grows with the square of an error, so its limit is 1.2 squared. Both hold against
-//! two readings of the bf16 run: as it comes, and the stricter one whose last product is fp32.
+//! Golden: our logits against those of Hugging Face transformers, teacher-forced; `bitfast_testkit::golden` says what is compared.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bitfast_llm::{EngineArgs, LLM, SamplingParams};
 use bitfast_model::{Gguf, GgufSource, ModelConfig, RopeScaling, WeightSource};
-use bitfast_ops::{Backend, Class};
+use bitfast_ops::Class;
 use bitfast_testkit::digest;
-use bitfast_testkit::figures::{self, RowFigures};
-use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, Tensors, TinyGolden, Yardstick};
+use bitfast_testkit::figures;
+use bitfast_testkit::fixtures::{self, SmolGolden, TINY_MODELS, Tensors};
+use bitfast_testkit::golden::{self, LIMIT, Measured, SIZES};
 use bitfast_testkit::reference::RefBackend;
-use bitfast_testkit::rig::{self, Rig, RigSizes};
+use bitfast_testkit::rig::{self, Rig};
 use bitfast_text::SpecialTokens;
 
-const LIMIT: f64 = 1.2;
-
-const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
-
-/// Our figures on every stored row of a tiny model that was loaded into `rig`.
-fn figures_of<B: Backend>(name: &str, rig: Rig<B>) -> (TinyGolden, Vec<RowFigures>) {
-    let (golden, rows, _) = figures_and_digest_of(name, rig);
-    (golden, rows)
-}
-
-fn figures_and_digest_of<B: Backend>(name: &str, mut rig: Rig<B>) -> (TinyGolden, Vec<RowFigures>, String) {
-    let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
-    let (shape, want) = Tensors::open(&format!("golden/{name}.safetensors")).f32("logits");
-    let vocab = rig.config().vocab_size;
-    assert_eq!(shape, [golden.rows.len(), vocab]);
-    let ours: Vec<Vec<f32>> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
-    let rows =
-        golden.rows.iter().zip(want.chunks(vocab)).map(|(&(prompt, position), want)| {
-            figures::row(&ours[prompt][position * vocab..][..vocab], want)
-        });
-    let rows = rows.collect();
-    (golden, rows, digest::of_logits(ours.iter().map(Vec::as_slice)))
-}
-
-/// The same of a folder of the fixtures, run as `config` says.
-fn tiny_figures(name: &str, config: &ModelConfig) -> (TinyGolden, Vec<RowFigures>) {
-    figures_of(name, rig::tiny(name, config, rig::best_cpu(), SIZES))
-}
-
-fn passes(ours: RowFigures, theirs: Yardstick) -> bool {
-    ours.rms <= LIMIT * theirs.rms && ours.kl <= LIMIT * LIMIT * theirs.kl
+/// The figures of a folder of the fixtures, run as `config` says.
+fn tiny(name: &str, config: &ModelConfig) -> Measured {
+    golden::measure(name, &mut rig::tiny(name, config, rig::best_cpu(), SIZES))
 }
 
 fn check_tiny(name: &str) {
-    check(name, tiny_figures(name, &rig::tiny_config(name)));
-}
-
-fn check(name: &str, (golden, rows): (TinyGolden, Vec<RowFigures>)) {
-    let ours = figures::pooled(&rows);
-    let (rough, body) = (golden.yardstick.bf16, golden.yardstick.bf16_body);
-    println!(
-        "{name}: rms {:.5} = {:.3} of transformers' bf16 ({:.3} of its body), kl {:.2e} ({:.3}), max {:.4} ({:.3})",
-        ours.rms,
-        ours.rms / rough.rms,
-        ours.rms / body.rms,
-        ours.kl,
-        ours.kl / rough.kl,
-        ours.max,
-        ours.max / rough.max,
-    );
-    assert!(passes(ours, rough), "{name}: {ours:?} against {rough:?}");
-    assert!(passes(ours, body), "{name}: {ours:?} against the fp32-head reading {body:?}");
+    tiny(name, &rig::tiny_config(name)).check(name);
 }
 
 #[test]
@@ -114,7 +63,7 @@ fn llama_gguf() {
         let digest = fnv1a(tensor.data.iter().flat_map(|x| x.to_bits().to_le_bytes()));
         assert_eq!(digest, digests.bf16_fnv1a[&spec.name], "{}", spec.name);
     }
-    check(name, figures_of(name, Rig::new(rig::cpu(&rig::best_cpu()), &config, &source, SIZES)));
+    golden::measure(name, &mut Rig::new(rig::cpu(&rig::best_cpu()), &config, &source, SIZES)).check(name);
 }
 
 /// The class `hopper`, computed by its references, is as near to the truth; its bits are what the GPU has to give.
@@ -122,10 +71,10 @@ fn llama_gguf() {
 fn tiny_models_in_class_hopper() {
     for name in TINY_MODELS {
         let backend = RefBackend::new(Class::Hopper);
-        let rig = Rig::new(backend, &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
-        let (golden, rows, digest) = figures_and_digest_of(name, rig);
-        check(&format!("{name}, hopper"), (golden, rows));
-        let found = BTreeMap::from([(name.to_owned(), digest)]);
+        let mut rig = Rig::new(backend, &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
+        let measured = golden::measure(name, &mut rig);
+        measured.check(&format!("{name}, hopper"));
+        let found = BTreeMap::from([(name.to_owned(), measured.digest)]);
         digest::Stored::of(Class::Hopper.name()).check("the references", &found);
     }
 }
@@ -140,9 +89,8 @@ fn fnv1a(bytes: impl Iterator<Item = u8>) -> String {
 #[test]
 fn wrong_models_are_caught() {
     let fails = |name: &str, config: &ModelConfig| {
-        let (golden, rows) = tiny_figures(name, config);
-        let (ours, theirs) = (figures::pooled(&rows), golden.yardstick.bf16);
-        assert!(!passes(ours, theirs), "{name}: {ours:?} passes against {theirs:?}");
+        let measured = tiny(name, config);
+        assert!(!measured.passes(), "{name}: {:?} passes", figures::pooled(&measured.rows));
     };
     let mut unscaled = rig::tiny_config("llama-untied");
     assert!(matches!(unscaled.rope.scaling, RopeScaling::Llama3 { .. }));

@@ -1,97 +1,15 @@
 //! The class `hopper` on a card: what the engine gives there is what the references give, and a request's bits are a function of
 //! its tokens alone, with captured steps and without. Ignored without an H100 or H200; `--include-ignored` runs the tests there.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use bitfast_cuda::CudaBackend;
 use bitfast_engine::SamplingParams;
-use bitfast_model::{
-    DummySource, LoadOptions, Loaded, ModelConfig, PackedWeights, TensorSpec, WeightError, WeightSource,
-};
+use bitfast_model::{DummySource, ModelConfig, TensorSpec, WeightError, WeightSource};
 use bitfast_ops::{Class, bf16};
-use bitfast_testkit::digest::{Stored, of_logits};
-use bitfast_testkit::fixtures::{self, TINY_MODELS, TinyGolden};
+use bitfast_testkit::fixtures::TINY_MODELS;
 use bitfast_testkit::jobs::{self, Rng, greedy};
-use bitfast_testkit::lab::{Job, Lab, Layout, Outcome, Transcript};
+use bitfast_testkit::lab::{Job, Lab, Layout, Outcome};
+use bitfast_testkit::on_card::{OnCard, all, assert_equal, layout};
 use bitfast_testkit::reference::RefBackend;
-use bitfast_testkit::rig::{self, Rig, RigSizes};
-
-/// Rows of the largest step.
-const BUDGET: usize = 2048;
-const LOGIT_ROWS: usize = 512;
-
-/// Weights on the card, for any number of engines.
-struct OnCard {
-    name: String,
-    config: ModelConfig,
-    weights: Arc<dyn PackedWeights<CudaBackend>>,
-    digests: [blake3::Hash; 2],
-}
-
-impl OnCard {
-    fn new(name: &str, config: ModelConfig, source: &dyn WeightSource) -> Self {
-        let options = LoadOptions {
-            max_num_batched_tokens: BUDGET,
-            max_logit_rows: LOGIT_ROWS,
-            max_model_len: config.max_position_embeddings.min(1536),
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        };
-        let be = rig::cuda(false);
-        let loaded = bitfast_model::load(&be, &config, source, &options, &mut |_| {});
-        let Loaded { model, weights_digest, config_digest } = loaded.unwrap_or_else(|e| panic!("{e}"));
-        let digests = [weights_digest, config_digest];
-        Self { name: name.to_owned(), config, weights: model.weights(), digests }
-    }
-
-    fn dummy(name: &str) -> Self {
-        let config = ModelConfig::built_in(name).unwrap_or_else(|e| panic!("{e}"));
-        let source = DummySource::new(&config);
-        Self::new(name, config, &source)
-    }
-
-    fn lab(&self, graphs: bool, layout: Layout) -> Lab<CudaBackend> {
-        let be = rig::cuda(graphs);
-        let model = Arc::clone(&self.weights).model(&be).unwrap_or_else(|e| panic!("{e}"));
-        let [weights_digest, config_digest] = self.digests;
-        Lab::on(be, Loaded { model, weights_digest, config_digest }, layout)
-    }
-
-    /// What each job gets alone, launched op by op.
-    fn truths(&self, jobs: &[Job]) -> Vec<Transcript> {
-        let mut alone = self.lab(false, layout(1));
-        jobs.iter().map(|job| alone.run_alone(job).transcript).collect()
-    }
-}
-
-fn layout(max_num_seqs: usize) -> Layout {
-    Layout {
-        block_size: 64,
-        num_blocks: 20 + 4 * max_num_seqs,
-        max_num_seqs,
-        budget: BUDGET,
-        logit_rows: LOGIT_ROWS,
-        prefix_caching: false,
-    }
-}
-
-#[track_caller]
-fn assert_equal(what: &str, outcomes: &[Outcome], truths: &[&Transcript]) {
-    assert_eq!(outcomes.len(), truths.len());
-    let mut rows = 0;
-    for (i, (outcome, truth)) in outcomes.iter().zip(truths).enumerate() {
-        assert!(!truth.rows.is_empty(), "request {i} was never observed");
-        rows += truth.rows.len();
-        if let Some(difference) = outcome.differs_from(truth) {
-            panic!("{what}, request {i} of {}: {difference}", outcomes.len());
-        }
-    }
-    println!("{what}: {} requests, {rows} logit rows equal", outcomes.len());
-}
-
-fn all(truths: &[Transcript]) -> Vec<&Transcript> {
-    truths.iter().collect()
-}
+use bitfast_testkit::rig;
 
 /// Requests of lengths on both sides of tiles, splits and blocks, then short ones; half of them greedy on the card, the others with
 /// filters, penalties and seeds; some score their prompt.
@@ -215,25 +133,6 @@ fn rescoring(model: &OnCard, rng: &mut Rng) {
     println!("{}: decoded is rescored", model.name);
 }
 
-#[test]
-#[ignore = "needs an H100 or H200"]
-fn tiny_models_have_the_digests_of_their_class() {
-    const SIZES: RigSizes = RigSizes { max_rows: 512, max_len: 1024, block_size: 64, num_blocks: 16 };
-    for graphs in [false, true] {
-        let digest = |name: &str| {
-            let golden: TinyGolden = fixtures::json(&format!("golden/{name}.json"));
-            let mut rig =
-                Rig::new(rig::cuda(graphs), &rig::tiny_config(name), &rig::tiny_source(name), SIZES);
-            rig.poison();
-            let logits: Vec<_> = golden.prompts.iter().map(|ids| rig.score(ids)).collect();
-            of_logits(logits.iter().map(Vec::as_slice))
-        };
-        let found: BTreeMap<_, _> =
-            TINY_MODELS.iter().map(|name| ((*name).to_owned(), digest(name))).collect();
-        Stored::of(Class::Hopper.name()).check(&format!("the card, padding {graphs}"), &found);
-    }
-}
-
 /// Engines on the references and on the card give the same tokens, logprobs and logits.
 #[test]
 #[ignore = "needs an H100 or H200"]
@@ -287,41 +186,69 @@ fn law_llama_3_2_1b() {
     law(&OnCard::dummy("meta-llama/Llama-3.2-1B"), 256);
 }
 
-/// Dummy weights with the last bit of one element flipped.
-struct OneBit(DummySource);
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn law_llama_3_1_8b() {
+    law(&OnCard::dummy("meta-llama/Llama-3.1-8B"), 256);
+}
 
-impl WeightSource for OneBit {
+/// Dummy weights, changed.
+struct Changed {
+    source: DummySource,
+    change: fn(&TensorSpec, &mut [bf16]),
+}
+
+impl WeightSource for Changed {
     fn describe(&self) -> String {
-        self.0.describe()
+        self.source.describe()
     }
 
     fn names(&self) -> Vec<String> {
-        self.0.names()
+        self.source.names()
     }
 
     fn check(&self, spec: &TensorSpec) -> Result<(), WeightError> {
-        self.0.check(spec)
+        self.source.check(spec)
     }
 
     fn read(&self, spec: &TensorSpec, out: &mut [bf16]) -> Result<(), WeightError> {
-        self.0.read(spec, out)?;
-        if spec.name == "model.layers.0.mlp.down_proj.weight" {
-            out[777] = bf16::from_bits(out[777].to_bits() ^ 1);
-        }
+        self.source.read(spec, out)?;
+        (self.change)(spec, out);
         Ok(())
     }
 }
 
-/// The comparison can fail: one bit of one weight shows.
+/// The last bit of one element flipped.
+fn one_bit(spec: &TensorSpec, out: &mut [bf16]) {
+    if spec.name == "model.layers.0.mlp.down_proj.weight" {
+        out[777] = bf16::from_bits(out[777].to_bits() ^ 1);
+    }
+}
+
+/// The same function in another order: the MLP's inner elements backwards, in what makes them and in what adds them up.
+fn another_order(spec: &TensorSpec, out: &mut [bf16]) {
+    let columns = *spec.shape.last().expect("a matrix");
+    if spec.name.ends_with("mlp.down_proj.weight") {
+        out.chunks_mut(columns).for_each(<[bf16]>::reverse);
+    } else if spec.name.ends_with("mlp.gate_proj.weight") || spec.name.ends_with("mlp.up_proj.weight") {
+        out.reverse();
+        out.chunks_mut(columns).for_each(<[bf16]>::reverse);
+    }
+}
+
+/// The comparison can fail: one bit of one weight shows, and so does another order of the same sums.
 #[test]
 #[ignore = "needs an H100 or H200"]
-fn one_bit_of_one_weight_is_noticed() {
+fn one_bit_and_another_order_are_noticed() {
     let config = ModelConfig::tiny_llama();
     let pool = pool(&mut Rng::new(3), 32, config.vocab_size);
     let plain = OnCard::new("tiny-llama", config.clone(), &DummySource::new(&config));
-    let other = OnCard::new("tiny-llama", config.clone(), &OneBit(DummySource::new(&config)));
     let truths = plain.truths(&pool);
-    let outcomes = other.lab(true, layout(32)).run_all(&pool);
-    let differ = outcomes.iter().zip(&truths).filter(|(o, t)| o.differs_from(t).is_some()).count();
-    assert!(differ > pool.len() / 2, "only {differ} of {} requests differ", pool.len());
+    for change in [one_bit, another_order] {
+        let source = Changed { source: DummySource::new(&config), change };
+        let other = OnCard::new("tiny-llama", config.clone(), &source);
+        let outcomes = other.lab(true, layout(32)).run_all(&pool);
+        let differ = outcomes.iter().zip(&truths).filter(|(o, t)| o.differs_from(t).is_some()).count();
+        assert!(differ > pool.len() / 2, "only {differ} of {} requests differ", pool.len());
+    }
 }

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bitfast_cuda::driver::{Buffer, Device, Stream};
+use bitfast_cuda::driver::{Arg, Buffer, Device, Kernel, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
 use bitfast_ops::bf16;
 
@@ -122,6 +122,52 @@ impl Gpu {
         if let Some(difference) = self.difference(got, expected) {
             panic!("{what}: {difference}");
         }
+    }
+}
+
+/// Counts elements that differ, and elements of the first matrix that are still poison.
+const COMPARE: &str = r#"
+template <class T> __device__ void compare_as(const T* a, const T* b, u64 n, u64 written, u32* found) {
+    u32 differ = 0, poison = 0;
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x)
+        differ += a[i] != b[i], poison += i < written && a[i] == (T)~0u;
+    if (differ) atomicAdd(found, differ);
+    if (poison) atomicAdd(found + 1, poison);
+}
+extern "C" __global__ void compare(const void* a, const void* b, u64 n, u64 written, int wide, u32* found) {
+    if (wide) compare_as((const u32*)a, (const u32*)b, n, written, found);
+    else compare_as((const unsigned short*)a, (const unsigned short*)b, n, written, found);
+}
+"#;
+
+/// Compares outputs where they lie.
+pub struct Compare {
+    kernel: Kernel,
+    found: Buffer,
+}
+
+impl Compare {
+    pub fn new(gpu: &Gpu) -> Self {
+        let source = KernelSource { name: "compare", parts: &[COMPARE], defines: vec![], wgmma_n: None };
+        let cubin = gpu.jit.cubin(&source).expect("a kernel");
+        let kernel = gpu.device.kernel(&cubin, "compare", 0).expect("a kernel");
+        Self { kernel, found: gpu.device.alloc(8).expect("memory") }
+    }
+
+    /// Elements (of `width` bytes, 2 or 4) of `got` that differ from `expected`, and those of the first `written` that nobody wrote.
+    pub fn run(&self, gpu: &Gpu, got: &Buffer, expected: &Buffer, width: usize, written: usize) -> [u32; 2] {
+        assert_eq!(got.len(), expected.len());
+        self.found.fill(&gpu.stream, 0).expect("zeros");
+        let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
+        let count = got.len() / width;
+        let wide = i32::from(width == 4);
+        let [a, b, n, written, found] =
+            [got.ptr(), expected.ptr(), count as u64, written as u64, self.found.ptr()].map(Arg::Ptr);
+        // SAFETY: the kernel reads `count` elements of both buffers and adds to two words.
+        unsafe { self.kernel.launch(&gpu.stream, launch, &[a, b, n, written, Arg::I32(wide), found]) }
+            .expect("launch");
+        let words = gpu.read(&self.found);
+        [0, 4].map(|at| u32::from_le_bytes(words[at..at + 4].try_into().expect("4 bytes")))
     }
 }
 
