@@ -236,10 +236,10 @@ pub struct EngineFlags {
     /// Most tokens of prompt and answer [default: the model's limit]
     #[arg(long, value_name = "N")]
     pub max_model_len: Option<usize>,
-    /// Most requests in a step [default: 64]
+    /// Most requests in a step [default: 64 on a CPU, 256 on a GPU]
     #[arg(long, value_name = "N")]
     pub max_num_seqs: Option<usize>,
-    /// Most tokens in a step [default: 1024]
+    /// Most tokens in a step [default: 1024 on a CPU, 8192 on a GPU]
     #[arg(long, value_name = "N")]
     pub max_num_batched_tokens: Option<usize>,
     /// Tokens of a KV cache block [default: the device's choice]
@@ -293,14 +293,8 @@ impl EngineFlags {
         args.threads = self.threads;
         args.data_parallel_size = self.data_parallel_size;
         args.max_model_len = self.max_model_len;
-        args.max_num_seqs = self.max_num_seqs.unwrap_or(args.max_num_seqs);
-        // A small token budget alone is no mistake: it bounds the number of sequences too.
-        if let Some(tokens) = self.max_num_batched_tokens {
-            args.max_num_batched_tokens = tokens;
-            if self.max_num_seqs.is_none() {
-                args.max_num_seqs = args.max_num_seqs.min(tokens.max(1));
-            }
-        }
+        args.max_num_seqs = self.max_num_seqs;
+        args.max_num_batched_tokens = self.max_num_batched_tokens;
         args.block_size = self.block_size;
         args.kv_cache_memory = self.kv_cache_memory.unwrap_or(args.kv_cache_memory);
         args.enable_prefix_caching = !self.no_enable_prefix_caching;
@@ -464,7 +458,7 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
     Ok((id, bias))
 }
 
-/// What a benchmark prints where.
+/// What a benchmark of the engine itself prints where.
 #[derive(Args, Debug, Clone)]
 #[command(next_help_heading = "Report")]
 pub struct ReportFlags {
@@ -472,8 +466,11 @@ pub struct ReportFlags {
     #[arg(long)]
     pub json: bool,
     /// Write the results as JSON to a file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, visible_alias = "output", value_name = "FILE")]
     pub output_json: Option<PathBuf>,
+    /// Write a page with plots to a file
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// Seed of the random prompts
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -512,9 +509,12 @@ pub struct ThroughputArgs {
     /// Tokens of each answer
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub output_len: u32,
-    /// Requests
+    /// Requests of each repetition
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub num_prompts: usize,
+    /// Timed repetitions
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repeats: usize,
     #[command(flatten)]
     pub report: ReportFlags,
     #[command(flatten)]

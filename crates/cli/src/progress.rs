@@ -1,6 +1,6 @@
 //! Progress bars on standard error; hidden where that is no terminal.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bitfast::{Activity, EngineArgs, LLM, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,18 +20,35 @@ pub fn bar(len: u64, unit: &str, quiet: bool) -> ProgressBar {
 pub struct StartBar {
     bar: Option<ProgressBar>,
     quiet: bool,
+    began: Instant,
+    /// What is going on, since when.
+    current: Option<(Activity, Instant)>,
+    load: Duration,
+    prepare: Duration,
 }
 
 impl StartBar {
     /// Draws nothing when `quiet`.
     pub fn new(quiet: bool) -> Self {
-        Self { bar: None, quiet }
+        let (began, zero) = (Instant::now(), Duration::ZERO);
+        Self { bar: None, quiet, began, current: None, load: zero, prepare: zero }
+    }
+
+    /// How long the start took so far, and its parts.
+    pub fn times(&self) -> String {
+        let s = |d: Duration| d.as_secs_f64();
+        let (all, load, prepare) = (s(self.began.elapsed()), s(self.load), s(self.prepare));
+        format!("started in {all:.1} s (weights {load:.1} s, device {prepare:.1} s)")
     }
 
     /// Takes in one report.
     pub fn show(&mut self, progress: Progress) {
         match progress {
             Progress::Start { activity, what, total } => {
+                self.current = Some((activity, Instant::now()));
+                if activity == Activity::Prepare {
+                    return;
+                }
                 // A fetch is worth a line that stays; a load is over soon and happens every time.
                 if activity == Activity::Fetch && !self.quiet {
                     eprintln!("fetching {what}");
@@ -50,6 +67,11 @@ impl StartBar {
                 }
             }
             Progress::Done => {
+                match self.current.take() {
+                    Some((Activity::Load, since)) => self.load += since.elapsed(),
+                    Some((Activity::Prepare, since)) => self.prepare += since.elapsed(),
+                    Some((Activity::Fetch, _)) | None => {}
+                }
                 if let Some(bar) = self.bar.take() {
                     bar.finish_and_clear();
                 }
@@ -70,12 +92,14 @@ pub fn start(args: EngineArgs, quiet: bool) -> Outcome<LLM> {
             n => format!("{n} engines on "),
         };
         eprintln!(
-            "{} | class {}{law} | {} | {engines}{} | KV cache {} tokens",
+            "{} | class {}{law} | {} | {engines}{} | KV cache {} tokens in blocks of {} | {}",
             llm.model(),
             info.class.name(),
             info.fingerprint,
             info.device,
             llm.fleet().kv_cache_tokens(),
+            info.block_size,
+            bar.times(),
         );
     }
     Ok(llm)

@@ -50,10 +50,10 @@ pub struct EngineArgs {
     pub cpu_isa: Option<String>,
     /// Most tokens of prompt and answer together; `None`: the model's own limit, less where the KV cache is smaller.
     pub max_model_len: Option<usize>,
-    /// Most requests in one step of an engine.
-    pub max_num_seqs: usize,
-    /// Most tokens in one step of an engine.
-    pub max_num_batched_tokens: usize,
+    /// Most requests in one step of an engine; `None`: as [`StepLimits`] says.
+    pub max_num_seqs: Option<usize>,
+    /// Most tokens in one step of an engine; `None`: as [`StepLimits`] says.
+    pub max_num_batched_tokens: Option<usize>,
     /// Most requests that wait in an engine; more are refused.
     pub max_num_queued_reqs: usize,
     /// Tokens of a KV block; `None`: the backend's choice.
@@ -94,8 +94,8 @@ impl EngineArgs {
             data_parallel_size: 1,
             cpu_isa: None,
             max_model_len: None,
-            max_num_seqs: 64,
-            max_num_batched_tokens: 1024,
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
             max_num_queued_reqs: 1024,
             block_size: None,
             kv_cache_memory: KvCacheMemory::Auto,
@@ -129,8 +129,8 @@ impl EngineArgs {
     /// Checks what can be checked before anything is loaded.
     pub fn validate(&self) -> Result<()> {
         let positive = [
-            ("max_num_seqs", self.max_num_seqs),
-            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("max_num_seqs", self.max_num_seqs.unwrap_or(1)),
+            ("max_num_batched_tokens", self.max_num_batched_tokens.unwrap_or(1)),
             ("max_num_queued_reqs", self.max_num_queued_reqs),
             ("max_model_len", self.max_model_len.unwrap_or(1)),
             ("block_size", self.block_size.unwrap_or(1)),
@@ -150,17 +150,44 @@ impl EngineArgs {
         if self.model.is_empty() {
             return Err(Error::invalid("model", "must not be empty"));
         }
-        if self.max_num_batched_tokens < self.max_num_seqs {
-            return Err(Error::invalid(
-                "max_num_batched_tokens",
-                format!(
-                    "{} is less than max_num_seqs ({}); every running request needs a token a step",
-                    self.max_num_batched_tokens, self.max_num_seqs
-                ),
-            ));
+        if let (Some(tokens), Some(seqs)) = (self.max_num_batched_tokens, self.max_num_seqs)
+            && tokens < seqs
+        {
+            let message = format!(
+                "{tokens} is less than max_num_seqs ({seqs}); every running request needs a token a step"
+            );
+            return Err(Error::invalid("max_num_batched_tokens", message));
         }
         Ok(())
     }
+
+    /// The limits of a step on a device with these defaults. One that is set alone moves the other: a small token budget bounds the
+    /// requests too, and many requests need as many tokens.
+    pub(crate) fn step_limits(&self, default: StepLimits) -> StepLimits {
+        let (seqs, tokens) = match (self.max_num_seqs, self.max_num_batched_tokens) {
+            (Some(seqs), Some(tokens)) => (seqs, tokens),
+            (Some(seqs), None) => (seqs, default.max_num_batched_tokens.max(seqs)),
+            (None, Some(tokens)) => (default.max_num_seqs.min(tokens), tokens),
+            (None, None) => (default.max_num_seqs, default.max_num_batched_tokens),
+        };
+        StepLimits { max_num_seqs: seqs, max_num_batched_tokens: tokens }
+    }
+}
+
+/// Most requests and tokens in one step of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Requests.
+    pub max_num_seqs: usize,
+    /// Tokens.
+    pub max_num_batched_tokens: usize,
+}
+
+impl StepLimits {
+    /// On a CPU unasked.
+    pub const CPU: Self = Self { max_num_seqs: 64, max_num_batched_tokens: 1024 };
+    /// On a GPU unasked.
+    pub const GPU: Self = Self { max_num_seqs: 256, max_num_batched_tokens: 8192 };
 }
 
 impl Default for EngineArgs {
@@ -333,12 +360,27 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_set_alone_moves_the_other() {
+        let limits = |seqs, tokens| {
+            let args =
+                EngineArgs { max_num_seqs: seqs, max_num_batched_tokens: tokens, ..EngineArgs::default() };
+            let limits = args.step_limits(StepLimits::GPU);
+            (limits.max_num_seqs, limits.max_num_batched_tokens)
+        };
+        assert_eq!(limits(None, None), (256, 8192));
+        assert_eq!(limits(Some(10_000), None), (10_000, 10_000));
+        assert_eq!(limits(None, Some(100)), (100, 100));
+        assert_eq!(limits(Some(7), Some(100)), (7, 100));
+    }
+
+    #[test]
     fn validation_names_the_parameter() {
-        let args = EngineArgs { max_num_seqs: 0, ..EngineArgs::default() };
+        let args = EngineArgs { max_num_seqs: Some(0), ..EngineArgs::default() };
         assert_eq!(args.validate().unwrap_err().to_string(), "max_num_seqs: must be at least 1");
         let args = EngineArgs { data_parallel_size: 257, ..EngineArgs::default() };
         assert_eq!(args.validate().unwrap_err().to_string(), "data_parallel_size: 257 is more than 256");
-        let args = EngineArgs { max_num_batched_tokens: 8, ..EngineArgs::default() };
+        let args =
+            EngineArgs { max_num_seqs: Some(9), max_num_batched_tokens: Some(8), ..EngineArgs::default() };
         assert!(args.validate().unwrap_err().to_string().starts_with("max_num_batched_tokens: 8 is less"));
         EngineArgs::default().validate().unwrap();
     }

@@ -25,7 +25,7 @@ mod start;
 mod structured;
 mod verify;
 
-pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy};
+pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy, StepLimits};
 pub use assemble::{Assembler, Chunk, Step};
 pub use bitfast_engine::{
     EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RequestMetrics,

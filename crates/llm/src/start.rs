@@ -13,7 +13,7 @@ use bitfast_engine::{
 use bitfast_model::{LoadOptions, Loaded, ModelConfig};
 use bitfast_ops::{Backend, Class};
 
-use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy};
+use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy, StepLimits};
 use crate::error::{Error, Result};
 use crate::fetch::{Activity, OnProgress, Progress};
 use crate::fleet::Fleet;
@@ -135,6 +135,16 @@ enum Memory {
     Own,
 }
 
+impl Memory {
+    /// Limits of a step unasked.
+    fn step_limits(self) -> StepLimits {
+        match self {
+            Self::Shared => StepLimits::CPU,
+            Self::Own => StepLimits::GPU,
+        }
+    }
+}
+
 /// Bytes of a model's step buffers, about: the activations, gate and up rows apart, and the logits with the sampler's copy.
 fn step_bytes(c: &ModelConfig, rows: usize, logit_rows: usize) -> u64 {
     let q = c.num_heads * c.head_dim;
@@ -142,6 +152,94 @@ fn step_bytes(c: &ModelConfig, rows: usize, logit_rows: usize) -> u64 {
     let row = 2 * (3 * c.hidden_size + qkv + 2 * q + 3 * c.intermediate_size);
     let logit_row = 2 * c.hidden_size + 8 * c.vocab_size;
     (rows.next_multiple_of(128) * row + logit_rows.next_multiple_of(128) * logit_row) as u64
+}
+
+/// What is settled before the weights are loaded.
+struct Plan {
+    limits: StepLimits,
+    block_size: usize,
+    block_bytes: u64,
+    /// Of the model in memory.
+    weights: u64,
+    size: KvSize,
+}
+
+impl Plan {
+    /// Sizes everything for `engines` engines, or refuses what the device has no room for.
+    fn new<B: Backend>(
+        backend: &B,
+        memory: Memory,
+        engines: usize,
+        args: &EngineArgs,
+        c: &ModelConfig,
+    ) -> Result<Self> {
+        let block_size = block_size(args, backend.block_sizes())?;
+        let layout = bitfast_model::kv_layout(c, backend.rank().1, block_size);
+        let block_bytes = backend.kv_block_bytes(&layout).max(1);
+        let weights = 2 * c.num_parameters() as u64;
+        let model_limit = c.max_position_embeddings;
+        let mut limits = args.step_limits(memory.step_limits());
+        let room = match memory {
+            Memory::Shared => Room { memory, free_bytes: backend.free_bytes().saturating_sub(weights) },
+            Memory::Own => {
+                // Without chunks a step holds the longest prompt, which is not known yet: at most what was asked for.
+                let longest =
+                    if args.enable_chunked_prefill { 0 } else { args.max_model_len.unwrap_or(model_limit) };
+                let rows = limits.max_num_batched_tokens.max(longest);
+                let tables = (8 * model_limit * c.head_dim / 2) as u64;
+                let step = step_bytes(c, rows, limits.max_num_seqs.max(SCORED_ROWS)) + tables;
+                let free = backend.free_bytes();
+                let left = free.checked_sub(weights + step).filter(|left| *left >= block_bytes);
+                let left = left.ok_or_else(|| too_large(args, &backend.device(), weights, step, free))?;
+                Room { memory, free_bytes: left }
+            }
+        };
+        let size = kv_size(args, engines, model_limit, block_size, block_bytes, room)?;
+        if !args.enable_chunked_prefill {
+            // A prompt has to fit into one step whole.
+            limits.max_num_batched_tokens = limits.max_num_batched_tokens.max(size.max_model_len);
+        }
+        Ok(Self { limits, block_size, block_bytes, weights, size })
+    }
+
+    fn load_options(&self, threads: usize) -> LoadOptions {
+        let StepLimits { max_num_seqs, max_num_batched_tokens } = self.limits;
+        LoadOptions {
+            max_num_batched_tokens,
+            max_logit_rows: max_num_seqs.max(SCORED_ROWS).min(max_num_batched_tokens),
+            max_model_len: self.size.max_model_len,
+            threads,
+        }
+    }
+
+    /// Blocks of an engine's cache, now that weights and step buffers are in memory: on a device of our own the plan was an estimate, and
+    /// what is left is measured.
+    fn num_blocks<B: Backend>(&self, backend: &B, memory: Memory, args: &EngineArgs) -> Result<usize> {
+        if memory == Memory::Shared || args.kv_cache_memory != KvCacheMemory::Auto {
+            return Ok(self.size.num_blocks);
+        }
+        let blocks = usize::try_from(backend.free_bytes() / self.block_bytes).unwrap_or(usize::MAX);
+        let tokens = blocks * self.block_size;
+        let wanted = args.max_model_len.unwrap_or(1);
+        if tokens < wanted {
+            let message = format!("the cache holds {tokens} tokens, fewer than max_model_len ({wanted})");
+            return Err(Error::invalid("gpu_memory_utilization", message));
+        }
+        Ok(blocks)
+    }
+}
+
+fn too_large(args: &EngineArgs, device: &str, weights: u64, step: u64, free: u64) -> Error {
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let message = format!(
+        "{} does not fit: {:.1} GiB of weights and {:.1} GiB of step buffers leave nothing for a KV cache in the {:.1} GiB that may \
+         be used of {device}",
+        args.model,
+        gib(weights),
+        gib(step),
+        gib(free)
+    );
+    Error::invalid("gpu_memory_utilization", message)
 }
 
 /// Starts an engine on each of `backends`, which are of one device and share the weights there.
@@ -154,40 +252,12 @@ fn on_backends<B: Backend>(
     eos: Vec<u32>,
     on_progress: OnProgress<'_>,
 ) -> Result<Fleet> {
-    let (first, engines) = (&backends[0], backends.len());
-    let block_size = block_size(args, first.block_sizes())?;
-    let layout = bitfast_model::kv_layout(&opened.config, first.rank().1, block_size);
-    let weights = 2 * opened.config.num_parameters() as u64;
-    let mut free = first.free_bytes().saturating_sub(weights);
-    let block_bytes = first.kv_block_bytes(&layout).max(1);
-    let model_limit = opened.config.max_position_embeddings;
-    let mut args = args.clone();
-    if memory == Memory::Own {
-        // Without chunks a step holds the longest prompt, which is not known yet: at most what was asked for.
-        let longest = if args.enable_chunked_prefill { 0 } else { args.max_model_len.unwrap_or(model_limit) };
-        let rows = args.max_num_batched_tokens.max(longest);
-        let tables = 8 * model_limit * opened.config.head_dim / 2;
-        let logit_rows = args.max_num_seqs.max(SCORED_ROWS);
-        free = free.saturating_sub(step_bytes(&opened.config, rows, logit_rows) + tables as u64);
-        if args.kv_cache_memory == KvCacheMemory::Auto {
-            args.kv_cache_memory = KvCacheMemory::Bytes(free);
-        }
-    }
-    let args = &args;
-    let size = kv_size(args, engines, model_limit, block_size, block_bytes, free)?;
-    let max_num_batched_tokens = if args.enable_chunked_prefill {
-        args.max_num_batched_tokens
-    } else {
-        // A prompt has to fit into one step whole.
-        args.max_num_batched_tokens.max(size.max_model_len)
-    };
-    let options = LoadOptions {
-        max_num_batched_tokens,
-        max_logit_rows: args.max_num_seqs.max(SCORED_ROWS).min(max_num_batched_tokens),
-        max_model_len: size.max_model_len,
-        threads,
-    };
-    on_progress(Progress::Start { activity: Activity::Load, what: args.model.clone(), total: Some(weights) });
+    let first = &backends[0];
+    let plan = Plan::new(first, memory, backends.len(), args, &opened.config)?;
+    let options = plan.load_options(threads);
+    let what = || args.model.clone();
+    let total = Some(plan.weights);
+    on_progress(Progress::Start { activity: Activity::Load, what: what(), total });
     let mut on_tensor = |done: bitfast_model::Progress| on_progress(Progress::Bytes(done.bytes));
     let loaded = bitfast_model::load(first, &opened.config, &*opened.weights, &options, &mut on_tensor);
     on_progress(Progress::Done);
@@ -196,10 +266,42 @@ fn on_backends<B: Backend>(
         bitfast_model::LoadError::Option { option, .. } => Error::invalid(option, e.to_string()),
         e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
     })?;
-    let config = EngineConfig {
-        max_num_seqs: args.max_num_seqs,
-        max_num_batched_tokens,
-        max_model_len: Some(size.max_model_len),
+    let config = engine_config(args, &plan, threads, eos);
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let reopen = opened.reopen;
+    drop(opened.weights);
+    // Each engine gets step buffers of its own: these are not needed.
+    let Loaded { model, weights_digest, config_digest } = loaded;
+    let shared = model.weights();
+    drop(model);
+    let store = WeightStore::new(&shared, (weights_digest, config_digest), options, reopen);
+    let store = Arc::new(store);
+    on_progress(Progress::Start { activity: Activity::Prepare, what: what(), total: None });
+    let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
+    let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
+        let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
+        let num_blocks = plan.num_blocks(&backend, memory, args)?;
+        let loaded = Loaded { model, weights_digest, config_digest };
+        let runner = ModelRunner::new(backend, loaded, plan.block_size, num_blocks)
+            .map_err(|e| device(&e))?
+            .with_store(Arc::clone(&store));
+        // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
+        let seed = config.seed.wrapping_add(rank as u64);
+        let config = EngineConfig { rank, seed, cache_key: [random(1), random(2)], ..config.clone() };
+        let engine = Engine::new(runner, config, Arc::clone(&clock))
+            .map_err(|e| Error::invalid("engine limits", e.to_string()))?;
+        engine.spawn().map_err(|e| Error::Engine(e.to_string()))
+    });
+    let handles = handles.collect::<Result<_>>();
+    on_progress(Progress::Done);
+    Ok(Fleet::new(handles?))
+}
+
+fn engine_config(args: &EngineArgs, plan: &Plan, threads: usize, eos: Vec<u32>) -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: plan.limits.max_num_seqs,
+        max_num_batched_tokens: plan.limits.max_num_batched_tokens,
+        max_model_len: Some(plan.size.max_model_len),
         max_queued: args.max_num_queued_reqs,
         chunked_prefill: args.enable_chunked_prefill,
         prefix_caching: args.enable_prefix_caching,
@@ -214,31 +316,7 @@ fn on_backends<B: Backend>(
         profile: ProfileConfig { directory: args.profile_dir.clone(), model: args.model.clone() },
         mask_threads: threads.min(MASK_THREADS),
         ..EngineConfig::default()
-    };
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let reopen = opened.reopen;
-    drop(opened.weights);
-    // Each engine gets step buffers of its own: these are not needed.
-    let Loaded { model, weights_digest, config_digest } = loaded;
-    let shared = model.weights();
-    drop(model);
-    let store = WeightStore::new(&shared, (weights_digest, config_digest), options, reopen);
-    let store = Arc::new(store);
-    let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
-    let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
-        let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
-        let loaded = Loaded { model, weights_digest, config_digest };
-        let runner = ModelRunner::new(backend, loaded, block_size, size.num_blocks)
-            .map_err(|e| device(&e))?
-            .with_store(Arc::clone(&store));
-        // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
-        let seed = config.seed.wrapping_add(rank as u64);
-        let config = EngineConfig { rank, seed, cache_key: [random(1), random(2)], ..config.clone() };
-        let engine = Engine::new(runner, config, Arc::clone(&clock))
-            .map_err(|e| Error::invalid("engine limits", e.to_string()))?;
-        engine.spawn().map_err(|e| Error::Engine(e.to_string()))
-    });
-    Ok(Fleet::new(handles.collect::<Result<_>>()?))
+    }
 }
 
 /// Part `index` of `0..total` cut into `parts` near-equal ranges.
@@ -254,13 +332,20 @@ fn block_size(args: &EngineArgs, offered: &[usize]) -> Result<usize> {
     Ok(size)
 }
 
+/// Memory that the caches of a device may take in all.
+#[derive(Clone, Copy)]
+struct Room {
+    memory: Memory,
+    free_bytes: u64,
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct KvSize {
     num_blocks: usize,
     max_model_len: usize,
 }
 
-/// Blocks of one engine's cache, and the longest sequence that the model and the cache allow. `free_bytes` are for
+/// Blocks of one engine's cache, and the longest sequence that the model and the cache allow. The room is for
 /// all `engines`, as are the sizes in `args`.
 fn kv_size(
     args: &EngineArgs,
@@ -268,7 +353,7 @@ fn kv_size(
     model_limit: usize,
     block_size: usize,
     block_bytes: u64,
-    free_bytes: u64,
+    room: Room,
 ) -> Result<KvSize> {
     let wanted = args.max_model_len.unwrap_or(model_limit);
     if wanted > model_limit {
@@ -277,14 +362,20 @@ fn kv_size(
     }
     let blocks_in = |bytes: u64| usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX);
     let each = |bytes: u64| blocks_in(bytes / engines as u64);
-    let num_blocks = match args.kv_cache_memory {
-        KvCacheMemory::Auto => {
-            (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(each(AUTO_KV_BYTES.min(free_bytes / 2)))
-        }
-        KvCacheMemory::Bytes(bytes) => each(bytes),
-        KvCacheMemory::Tokens(tokens) => tokens.div_ceil(engines).div_ceil(block_size),
-    };
+    let blocks_for = |tokens: usize| tokens.div_ceil(engines).div_ceil(block_size);
     let too_small = |message: String| Err(Error::invalid("kv_cache_memory", message));
+    let num_blocks = match (args.kv_cache_memory, room.memory) {
+        (KvCacheMemory::Auto, Memory::Shared) => {
+            (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(each(AUTO_KV_BYTES.min(room.free_bytes / 2)))
+        }
+        (KvCacheMemory::Auto, Memory::Own) => each(room.free_bytes),
+        (KvCacheMemory::Bytes(bytes), Memory::Own) if bytes > room.free_bytes => {
+            return too_small(format!("{bytes} bytes are more than the {} that are left", room.free_bytes));
+        }
+        (KvCacheMemory::Bytes(bytes), _) => each(bytes),
+        (KvCacheMemory::Tokens(tokens), Memory::Shared) => blocks_for(tokens),
+        (KvCacheMemory::Tokens(tokens), Memory::Own) => blocks_for(tokens).min(each(room.free_bytes)),
+    };
     if num_blocks == 0 {
         let blocks = if engines == 1 { "a block" } else { "a block in each engine" };
         return too_small(format!(
@@ -314,7 +405,21 @@ mod tests {
     use super::*;
 
     fn size(args: &EngineArgs, free: u64) -> Result<KvSize> {
-        kv_size(args, 1, 8192, 32, 1 << 20, free)
+        kv_size(args, 1, 8192, 32, 1 << 20, Room { memory: Memory::Shared, free_bytes: free })
+    }
+
+    #[test]
+    fn a_gpu_gives_what_is_left_and_no_more() {
+        let own = |kv_cache_memory, free_bytes| {
+            let args = EngineArgs { kv_cache_memory, ..EngineArgs::default() };
+            kv_size(&args, 1, 8192, 64, 1 << 20, Room { memory: Memory::Own, free_bytes })
+                .map(|size| size.num_blocks)
+        };
+        assert_eq!(own(KvCacheMemory::Auto, 1000 << 20).unwrap(), 1000);
+        assert_eq!(own(KvCacheMemory::Tokens(640), 1000 << 20).unwrap(), 10);
+        assert_eq!(own(KvCacheMemory::Tokens(1 << 20), 1000 << 20).unwrap(), 1000);
+        let error = own(KvCacheMemory::Bytes(2000 << 20), 1000 << 20).unwrap_err().to_string();
+        assert!(error.starts_with("kv_cache_memory: 2097152000 bytes are more than"), "{error}");
     }
 
     #[test]
@@ -326,7 +431,11 @@ mod tests {
         let tokens = EngineArgs { kv_cache_memory: KvCacheMemory::Tokens(100), ..EngineArgs::default() };
         assert_eq!(size(&tokens, 0).unwrap(), KvSize { num_blocks: 4, max_model_len: 128 });
         // Divided among three engines.
-        let of_three = |args| kv_size(&args, 3, 8192, 32, 1 << 20, 0).unwrap().num_blocks;
+        let of_three = |args| {
+            kv_size(&args, 3, 8192, 32, 1 << 20, Room { memory: Memory::Shared, free_bytes: 0 })
+                .unwrap()
+                .num_blocks
+        };
         assert_eq!(of_three(tokens), 2);
         let bytes = KvCacheMemory::Bytes(10 << 20);
         assert_eq!(of_three(EngineArgs { kv_cache_memory: bytes, ..EngineArgs::default() }), 3);

@@ -18,8 +18,8 @@ fn load(dir: Option<&Path>, engines: usize) -> LLM {
         data_parallel_size: engines,
         threads: std::num::NonZeroUsize::new(2 * engines),
         profile_dir: dir.map(Path::to_path_buf),
-        max_num_batched_tokens: 128,
-        max_num_seqs: 8,
+        max_num_batched_tokens: Some(128),
+        max_num_seqs: Some(8),
         ..EngineArgs::new("tiny-llama")
     };
     LLM::new(args).unwrap()

@@ -28,8 +28,8 @@ fn sleep_gives_memory_back_to_the_system() {
         skip_tokenizer_init: true,
         threads: std::num::NonZeroUsize::new(2),
         kv_cache_memory: KvCacheMemory::Tokens(1024),
-        max_num_batched_tokens: 128,
-        max_num_seqs: 8,
+        max_num_batched_tokens: Some(128),
+        max_num_seqs: Some(8),
         ..EngineArgs::new(dir.path().display().to_string())
     })
     .unwrap();

@@ -110,8 +110,8 @@ fn a_crowd_in_small_steps_with_preemption_changes_no_bit() {
     let alone = llm_with(|_| ());
     let truths: Vec<_> = requests().map(|r| alone.stream(r).unwrap().finish().unwrap()).collect();
     let crowd = llm_with(|args| {
-        args.max_num_seqs = 16;
-        args.max_num_batched_tokens = 24;
+        args.max_num_seqs = Some(16);
+        args.max_num_batched_tokens = Some(24);
         args.max_model_len = Some(192);
         args.kv_cache_memory = KvCacheMemory::Tokens(320);
         args.enable_prefix_caching = false;

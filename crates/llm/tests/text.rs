@@ -113,8 +113,8 @@ fn a_stop_token_leaves_no_text() {
 #[test]
 fn outputs_come_in_order_and_do_not_depend_on_their_neighbours() {
     let llm = llm_with(|args| {
-        args.max_num_seqs = 4;
-        args.max_num_batched_tokens = 32;
+        args.max_num_seqs = Some(4);
+        args.max_num_batched_tokens = Some(32);
         args.max_num_queued_reqs = 3;
     });
     let prompts: Vec<String> = (0..30).map(|i| format!("prompt {}", "x".repeat(i))).collect();

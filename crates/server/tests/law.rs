@@ -103,7 +103,7 @@ fn differences(a: &[String], b: &[String]) -> usize {
 
 #[test]
 fn logprobs_are_equal_as_text_whatever_else_is_asked() {
-    let server = Running::start(tiny(|args| args.max_num_batched_tokens = 96), |_| ());
+    let server = Running::start(tiny(|args| args.max_num_batched_tokens = Some(96)), |_| ());
     let client = server.client;
     let truth = alone(&client);
     assert_eq!(truth.len(), PROMPTS);

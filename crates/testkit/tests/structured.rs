@@ -85,8 +85,8 @@ fn questions() -> Vec<Request> {
 #[cfg_attr(not(has_smollm2), ignore = "SmolLM2 is not in the cache: cargo xtask models")]
 fn a_trained_model_answers_in_form_whatever_runs_beside_it() {
     let llm = smollm2(|args| {
-        args.max_num_seqs = 8;
-        args.max_num_batched_tokens = 32;
+        args.max_num_seqs = Some(8);
+        args.max_num_batched_tokens = Some(32);
         args.kv_cache_memory = KvCacheMemory::Tokens(1024);
         args.enable_prefix_caching = false;
     });

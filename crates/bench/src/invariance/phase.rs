@@ -125,8 +125,7 @@ fn engine_args(order: &PhaseOrder) -> Result<EngineArgs> {
         args.kv_cache_memory = memory.parse()?;
     }
     args.max_model_len = Some(settings.max_model_len);
-    args.max_num_seqs = settings.batch_size;
-    args.max_num_batched_tokens = args.max_num_batched_tokens.max(settings.batch_size);
+    args.max_num_seqs = Some(settings.batch_size);
     args.max_num_queued_reqs = args.max_num_queued_reqs.max(settings.batch_size);
     // The needle comes in every trial: it must be computed in every trial.
     args.enable_prefix_caching = false;

@@ -134,8 +134,8 @@ fn bitfast_passes() {
     for args in [
         args(),
         EngineArgs { data_parallel_size: 2, ..args() },
-        EngineArgs { enable_prefix_caching: false, max_num_batched_tokens: 64, ..args() },
-        EngineArgs { max_num_batched_tokens: 100, max_num_seqs: 8, ..args() },
+        EngineArgs { enable_prefix_caching: false, max_num_batched_tokens: Some(64), ..args() },
+        EngineArgs { max_num_batched_tokens: Some(100), max_num_seqs: Some(8), ..args() },
     ] {
         let report = bitfast(args.clone());
         assert!(report.passed, "{args:?}:\n{}", report.table());

@@ -10,7 +10,7 @@ mod throughput;
 
 use std::io::Write;
 
-use bitfast::{LLM, Prompt, Request, SamplingParams};
+use bitfast::{LLM, Prompt, Request, SamplingParams, StepLimits};
 use serde_json::{Value, json};
 
 use crate::exit::{Exit, Outcome};
@@ -35,9 +35,10 @@ fn start(flags: &EngineFlags, sequences: usize, tokens_per_sequence: usize) -> O
         args.kv_cache_memory =
             bitfast::KvCacheMemory::Tokens(sequences * tokens_per_sequence.next_multiple_of(LARGEST_BLOCK));
     }
-    if flags.max_num_seqs.is_none() {
-        args.max_num_seqs = args.max_num_seqs.max(sequences.min(256));
-        args.max_num_batched_tokens = args.max_num_batched_tokens.max(args.max_num_seqs);
+    if flags.max_num_seqs.is_none() && sequences > StepLimits::CPU.max_num_seqs {
+        let seqs = sequences.min(StepLimits::GPU.max_num_seqs);
+        args.max_num_seqs = Some(seqs);
+        args.max_num_batched_tokens = args.max_num_batched_tokens.map(|tokens| tokens.max(seqs));
     }
     let llm = crate::progress::start(args, flags.quiet)?;
     let limit = llm.info().max_model_len;

@@ -31,6 +31,8 @@ pub enum Activity {
     Fetch,
     /// Weights are read and packed for the device.
     Load,
+    /// The device is made ready for steps: KV cache, kernels, captured steps.
+    Prepare,
 }
 
 /// How far a fetch or a load is.
