@@ -121,7 +121,7 @@ fn come_and_go(model: &OnCard, rng: &mut Rng) {
             come..come + rng.range(1, 8)
         };
         let neighbours: Vec<_> = crowd.iter().map(|job| (stay(), job)).collect();
-        let outcomes = lab.run_among(pool.iter().enumerate().map(|(i, job)| (i, job)), &neighbours);
+        let outcomes = lab.run_among(pool.iter().enumerate(), &neighbours);
         let what = format!("{}, graphs {graphs}, neighbours come and go", model.name);
         assert_equal(&what, &outcomes, &all(&truths));
     }
