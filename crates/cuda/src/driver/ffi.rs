@@ -1,6 +1,7 @@
 //! The part of the CUDA driver API, of NVRTC and of cuBLASLt that Bitfast calls, resolved when a device is opened.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::mem::ManuallyDrop;
 
 use libloading::Library;
 
@@ -53,7 +54,9 @@ macro_rules! api {
         $(#[$doc])*
         pub struct $name {
             $(pub $field: unsafe extern "C" fn($($arg),*) -> CuResult,)*
-            _library: Library,
+            // Never unloaded: these libraries leave destructors with the threads that called them, which run when such a thread ends,
+            // after the last of our handles is gone.
+            _library: ManuallyDrop<Library>,
         }
 
         impl $name {
@@ -69,7 +72,7 @@ macro_rules! api {
                         $($field: *library
                             .get::<unsafe extern "C" fn($($arg),*) -> CuResult>(concat!($symbol, "\0").as_bytes())
                             .map_err(|_| $symbol)?,)*
-                        _library: library,
+                        _library: ManuallyDrop::new(library),
                     })
                 }
             }
