@@ -1,5 +1,6 @@
 //! Bits and speed of linear variants on a GPU: `gpu_linear [prefill|decode]...`. Every result is compared with the
-//! reference kernel of the same order; times are medians of graph replays over rotating (cold) weights.
+//! reference kernel of the same order; times are medians of graph replays over rotating (cold) weights. `baseline` is what `plan` picks
+//! beside cuBLASLt, by the first of its heuristics' algorithms and by the fastest of eight, all in turns; a table in Markdown.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -8,6 +9,7 @@ use std::sync::Mutex;
 use bitfast_cuda::driver::{Arg, Buffer, Device, Graph, Kernel, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
 use bitfast_cuda::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide, plan};
+use bitfast_cuda::unconstrained::{Choice, CublasLt, Linears};
 use bitfast_ops::LinearKind;
 use bitfast_ops::contract::{Join, KOrder};
 
@@ -332,18 +334,41 @@ impl Bench {
         Ok(u32::from_le_bytes(count))
     }
 
+    /// Weights that fit side by side, and launches of a graph over them.
+    fn rotation(&self, spec: &LinearSpec, tokens: usize) -> (usize, usize) {
+        let copies = (self.w.len() / (spec.n * spec.k * 2)).clamp(1, 48);
+        let flops = 2.0 * (spec.n * spec.k * tokens) as f64;
+        let launches = ((12e-3 / (flops / 7e14)) as usize).clamp(4, 40);
+        (copies, launches.max(if tokens <= 256 { copies } else { 0 }))
+    }
+
     /// A graph of launches over rotating weights, and how many.
     fn graph(&self, linear: &Linear, case: &Case) -> Result<(Graph, usize), Box<dyn Error>> {
         let weight = case.spec.n * case.spec.k * 2;
-        let copies = (self.w.len() / weight).clamp(1, 48);
+        let (copies, launches) = self.rotation(&case.spec, case.tokens);
         let call =
             |i| linear.call(&self.x, &self.w, (i % copies) * weight, &self.y, case.tokens, case.overlap);
         let calls = (0..copies).map(call).collect::<Result<Vec<_>, _>>()?;
-        let flops = 2.0 * (case.spec.n * case.spec.k * case.tokens) as f64;
-        let launches =
-            ((12e-3 / (flops / 7e14)) as usize).clamp(4, 40).max(if case.tokens <= 256 { copies } else { 0 });
         let graph =
             self.stream.capture(|| (0..launches).try_for_each(|i| calls[i % copies].launch(&self.stream)))?;
+        Ok((graph, launches))
+    }
+
+    /// As [`graph`](Self::graph), by cuBLASLt, whose result for the first weights is left in `y`.
+    fn cublas_graph(
+        &self,
+        linears: &mut Linears,
+        spec: &LinearSpec,
+        tokens: usize,
+    ) -> Result<(Graph, usize), Box<dyn Error>> {
+        let (copies, launches) = self.rotation(spec, tokens);
+        let mut multiply = |i: usize| {
+            let at = (i % copies) * spec.n * spec.k * 2;
+            linears.multiply(&self.stream, spec, &self.x, &self.w, at, &self.y, tokens)
+        };
+        // Chooses the algorithm.
+        multiply(0)?;
+        let graph = self.stream.capture(|| (0..launches).try_for_each(multiply))?;
         Ok((graph, launches))
     }
 
@@ -406,8 +431,70 @@ fn compile(library: &std::path::Path, cases: &[Case]) -> Result<(), Box<dyn Erro
     Ok(())
 }
 
+/// Ceilings of an H100 that streams and that multiplies: bytes and operations a microsecond.
+const BYTES_PER_US: f64 = 3.10e6;
+const FLOPS_PER_US: f64 = 780e6;
+
+/// What `plan` picks beside cuBLASLt; most rows of logits are `512`.
+fn baseline(bench: &Bench, jit: &Jit) -> Result<(), Box<dyn Error>> {
+    const TOKENS: [usize; 7] = [1, 8, 64, 128, 512, 2048, 8192];
+    let sms = bench.device.sms();
+    let specs = SHAPES.map(|shape| LinearSpec::new(shape.kind, shape.n, shape.k));
+    let plans = specs.iter().flat_map(|spec| TOKENS.map(|tokens| plan(spec, tokens, sms).source(spec)));
+    jit.prepare(&plans.collect::<Vec<_>>(), 16)?;
+    let library = CublasLt::open(&bench.device, jit, None)?;
+    let mut first = Linears::new(&library, Choice::First)?;
+    let mut fastest = Linears::new(&library, Choice::Fastest { of: 8, rows: 8192 })?;
+    println!("cuBLASLt {:?}", library.version());
+    println!(
+        "| layer [N, K] | M | MB | GFLOP | ceiling us | ours us | % | cuBLASLt first us | % | best of 8 us | % | ours / best | M=1 row's bits |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    for shape in &SHAPES {
+        let Shape { name, n, k, kind } = *shape;
+        let spec = LinearSpec::new(kind, n, k);
+        let (row, width) = (n * if spec.output == Output::F32 { 4 } else { 2 }, k * 2);
+        let mut alone = Vec::new();
+        for tokens in TOKENS {
+            if kind == LinearKind::Vocab && tokens > 512 {
+                continue;
+            }
+            let overlap = if tokens <= 256 { Overlap::WithPrevious } else { Overlap::None };
+            let case = Case { shape: 0, tokens, spec, variant: plan(&spec, tokens, sms), overlap };
+            let ours = Linear::new(&bench.device, jit, spec, case.variant)?;
+            let mut graphs = vec![bench.graph(&ours, &case)?, bench.cublas_graph(&mut first, &spec, tokens)?];
+            let mut bits = vec![0; row];
+            bench.y.read(&bench.stream, 0, &mut bits)?;
+            if alone.is_empty() {
+                alone.clone_from(&bits);
+            }
+            graphs.push(bench.cublas_graph(&mut fastest, &spec, tokens)?);
+            let times = bench.time(&graphs)?;
+            let bytes = (n * width + tokens * (width + row)) as f64;
+            let flops = 2.0 * (n * k * tokens) as f64;
+            let ceiling = (bytes / BYTES_PER_US).max(flops / FLOPS_PER_US);
+            let percent: Vec<f64> = times.iter().map(|us| 100.0 * ceiling / us).collect();
+            println!(
+                "| {name} [{n}, {k}] | {tokens} | {:.1} | {:.1} | {ceiling:.2} | {:.2} | {:.0} | {:.2} | {:.0} | {:.2} | {:.0} | {:.2} | {} |",
+                bytes / 1e6,
+                flops / 1e9,
+                times[0],
+                percent[0],
+                times[1],
+                percent[1],
+                times[2],
+                percent[2],
+                times[0] / times[1].min(times[2]),
+                if bits == alone { "same" } else { "other" }
+            );
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
-    let modes: Vec<String> = std::env::args().skip(1).collect();
+    let mut modes: Vec<String> = std::env::args().skip(1).collect();
+    let beside_cublas = modes.iter().position(|mode| mode == "baseline").map(|i| modes.remove(i)).is_some();
     let (mut cases, mut compile_only) = (Vec::new(), None);
     for mode in &modes {
         match mode.as_str() {
@@ -428,6 +515,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let jit = Jit::new(None, Some("/tmp/bitfast-kernels".into()))?;
     println!("{}, NVRTC {:?}, {} cases", device.name(), jit.version(), cases.len());
     let bench = Bench::new(device.clone(), &jit)?;
+    if beside_cublas {
+        baseline(&bench, &jit)?;
+    }
 
     let mut keys: Vec<(LinearSpec, Variant)> = cases.iter().map(|c| (c.spec, c.variant)).collect();
     keys.extend(cases.iter().map(|c| (c.spec, Variant::Reference)));

@@ -202,6 +202,7 @@ fn sources() -> Vec<KernelSource> {
 #[ignore = "needs NVRTC"]
 fn every_kernel_compiles() {
     compile(&sources());
+    compile(&specs().iter().map(|s| Tiling::unconstrained(s).source(s)).collect::<Vec<_>>());
 }
 
 #[test]
@@ -247,6 +248,57 @@ fn paired_tiles_equal_the_reference() {
             let parts = [(tiling, (0..shapes.len()).collect())];
             let difference = check(&gpu, &batch, &upload(&gpu, &batch), &parts, &expected);
             assert_eq!(difference, None, "{spec:?}");
+        }
+    }
+}
+
+/// Splits of any length, for the unconstrained mode: of the contract's length they have the law's bits, of others they are close and have not.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn free_splits_equal_the_reference_at_the_contracts_length_only() {
+    let gpu = gpu();
+    let mut moved = 0;
+    for (s, spec) in specs().iter().enumerate() {
+        let tiling = Tiling::unconstrained(spec);
+        let attention = Attention::new(&gpu.device, &gpu.jit, *spec, tiling).expect("a kernel");
+        for (b, shapes) in batches().iter().enumerate() {
+            let batch = Batch::new(*spec, shapes, (s * 10 + b) as u64 + 1);
+            let expected = bytes(&batch.reference(Class::Hopper));
+            let data = upload(&gpu, &batch);
+            let chosen: Vec<usize> = (0..shapes.len()).collect();
+            for tiles in [8, 1, 3, 5, 40] {
+                let work = attention.work_in_splits(&batch.seqs, &chosen, tiles);
+                let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+                let out = gpu.poisoned(expected.len() + 4096);
+                attention
+                    .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
+                    .expect("launch");
+                let what = format!("{spec:?}, batch {b}, splits of {tiles} tiles");
+                if tiles == 8 {
+                    gpu.assert_equal(&what, &out, &expected);
+                } else {
+                    moved += usize::from(gpu.difference(&out, &expected).is_some());
+                    assert_close(&what, &batch, &gpu.read(&out), &expected);
+                }
+            }
+        }
+    }
+    println!(
+        "free splits: {moved} of {} runs have other bits than the law's",
+        4 * specs().len() * batches().len()
+    );
+    assert!(moved > 0, "the length of splits moves no bit");
+}
+
+/// Outputs of the sequences whose values are all of one size are within what rounding may do.
+fn assert_close(what: &str, batch: &Batch, got: &[u8], expected: &[u8]) {
+    let value = |data: &[u8], at: usize| bf16::from_le_bytes([data[2 * at], data[2 * at + 1]]).to_f32();
+    let width = batch.spec.heads * batch.spec.head_dim;
+    for seq in batch.seqs.iter().step_by(2) {
+        let first = seq.first_row as usize * width;
+        for at in first..first + seq.num_rows as usize * width {
+            let (got, expected) = (value(got, at), value(expected, at));
+            assert!((got - expected).abs() <= 0.03, "{what}, element {at}: {got}, not {expected}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Times whole engine steps on a card, dummy weights, one load for all batch sizes: `gpu_steps MODEL [eager] BATCHxCONTEXT...`.
+//! Times whole engine steps on a card, dummy weights, one load for all batch sizes: `gpu_steps MODEL [eager] [unconstrained] BATCHxCONTEXT...`.
 //!
 //! Each case computes its prompts in steps of up to 8192 rows, then decodes; printed are the sum of the prompt steps, the median of
 //! the steps that only decode, and their spread. Greedy, prefix cache off, all sequences distinct.
@@ -22,7 +22,9 @@ const WARM_UP: usize = 4;
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     let eager = args.iter().position(|a| a == "eager").map(|i| args.remove(i)).is_some();
-    let (name, cases) = args.split_first().ok_or("gpu_steps MODEL [eager] BATCHxCONTEXT...")?;
+    let batch_invariant = args.iter().position(|a| a == "unconstrained").map(|i| args.remove(i)).is_none();
+    let usage = "gpu_steps MODEL [eager] [unconstrained] BATCHxCONTEXT...";
+    let (name, cases) = args.split_first().ok_or(usage)?;
     let cases = cases.iter().map(|case| {
         let (batch, context) = case.split_once('x').ok_or("a case is BATCHxCONTEXT")?;
         Ok((batch.parse()?, context.parse()?))
@@ -35,7 +37,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let backend = || {
         let kernel_cache = Some(std::env::temp_dir().join("bitfast-kernels"));
-        CudaBackend::new(&CudaOptions { graphs: !eager, kernel_cache, ..CudaOptions::default() })
+        let graphs = !eager;
+        CudaBackend::new(&CudaOptions { graphs, kernel_cache, batch_invariant, ..CudaOptions::default() })
     };
     let options = LoadOptions {
         max_num_batched_tokens: BUDGET,

@@ -142,6 +142,13 @@ pub fn cuda(graphs: bool) -> CudaBackend {
     CudaBackend::new(&options).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
 }
 
+/// As [`cuda`], in the unconstrained mode; panics where there is no cuBLASLt too.
+pub fn cuda_unconstrained(graphs: bool) -> CudaBackend {
+    let kernel_cache = Some(std::env::temp_dir().join("bitfast-kernels"));
+    let options = CudaOptions { graphs, kernel_cache, batch_invariant: false, ..CudaOptions::default() };
+    CudaBackend::new(&options).unwrap_or_else(|e| panic!("this test needs a GPU and cuBLASLt: {e}"))
+}
+
 /// A tiny model's weights from its folder.
 pub fn tiny_source(name: &str) -> SafetensorsSource {
     SafetensorsSource::open(&fixtures::model_dir(name)).unwrap_or_else(|e| panic!("{e}"))
