@@ -235,9 +235,9 @@ fn every_tiling_equals_the_reference() {
     println!("attention: {compared} runs equal the reference, {} kernels", sources.len());
 }
 
-/// The prefill plan that takes two tiles of keys at a time, which no backend uses before this has passed.
+/// The prefill plan that takes two tiles of keys at a time.
 #[test]
-#[ignore = "needs an H100 or H200; has not been run yet"]
+#[ignore = "needs an H100 or H200"]
 fn paired_tiles_equal_the_reference() {
     let gpu = gpu();
     let tiling = Tiling { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Paired };

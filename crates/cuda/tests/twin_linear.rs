@@ -216,9 +216,9 @@ fn equals_the_cpu_reference(gpu: &Gpu, specs: &[LinearSpec]) {
     }
 }
 
-/// Gates and ups multiplied where they are made, which no backend does before this has passed.
+/// Gates and ups multiplied where they are made.
 #[test]
-#[ignore = "needs an H100 or H200; has not been run yet"]
+#[ignore = "needs an H100 or H200"]
 fn fused_gates_and_ups_equal_the_reference() {
     let gpu = gpu();
     let fused = |n, k| LinearSpec::new(LinearKind::GateUp, n, k).fused().expect("whole eights");

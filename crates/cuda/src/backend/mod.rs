@@ -105,12 +105,15 @@ impl CudaBackend {
     /// Opens the device and the compiler.
     ///
     /// # Errors
-    /// No driver, no such device, another architecture, no NVRTC; in the unconstrained mode, no cuBLASLt.
+    /// No driver, no such device, another architecture, no NVRTC; a card that fails the self-check; in the unconstrained mode, no
+    /// cuBLASLt.
     pub fn new(options: &CudaOptions) -> Result<Self, CudaError> {
         let device = Device::open(options.ordinal)?;
         let stream = device.stream()?;
         let jit = Jit::new(options.nvrtc.as_deref(), options.kernel_cache.clone())?;
         let orders = if options.batch_invariant {
+            // Whoever promises bits looks first whether the card computes them.
+            crate::selfcheck::require(&device, &jit)?;
             Orders::Law
         } else {
             let library = CublasLt::open(&device, &jit, options.cublaslt.as_deref())?;
