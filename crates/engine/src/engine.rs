@@ -14,7 +14,7 @@ use crate::prepare::Prepared;
 use crate::profile::Recorder;
 use crate::request::{Event, Failure, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
-use crate::shared::{Command, Life, RequestKey, Shared, Submission};
+use crate::shared::{Command, Life, RequestKey, Shared, Submission, Thread};
 use crate::stats::{EngineStats, StepRecord};
 
 /// Why an engine could not be made.
@@ -160,7 +160,16 @@ impl<R: Runner> Engine<R> {
     /// Moves the engine to a thread of its own, where it runs until it is shut down or the last handle is gone.
     pub fn spawn(self) -> Result<EngineHandle, EngineError> {
         let handle = self.handle();
-        std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(move || self.run())?;
+        let shared = Arc::clone(&self.shared);
+        shared.inbox().thread = Thread::Starting;
+        let life = move || {
+            shared.inbox().thread = Thread::Running(std::thread::current().id());
+            self.run();
+            let mut inbox = shared.inbox();
+            inbox.thread = Thread::Ended;
+            shared.announce(inbox);
+        };
+        std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(life)?;
         Ok(handle)
     }
 

@@ -1,17 +1,19 @@
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::{Arc, PoisonError, mpsc};
 use std::time::Duration;
 
 use crate::config::EngineInfo;
 use crate::request::{EngineRequest, Event, Failure, SubmitError};
-use crate::shared::{Command, EventSink, Life, RequestKey, Shared, Submission};
+use crate::shared::{Command, EventSink, Inbox, Life, RequestKey, Shared, Submission, Thread};
 use crate::sleep::{SleepError, SleepLevel, SleepState, Transition};
 use crate::stats::{EngineStats, StepRecord};
 use crate::validate::validate;
 
+/// Longest wait of the last handle for the engine's end.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
 /// The door to an engine, from any thread. Clones share the engine; when the last one is gone the engine
-/// finishes its live requests and ends.
+/// finishes its live requests and ends. Dropping the last one waits for that, 10 seconds at most.
 pub struct EngineHandle {
     shared: Arc<Shared>,
 }
@@ -205,7 +207,7 @@ impl EngineHandle {
             inbox = self.shared.inbox();
         }
         loop {
-            if matches!(inbox.life, Life::Dead(_)) {
+            if inbox.is_over() {
                 return true;
             }
             let now = self.shared.clock.now();
@@ -233,10 +235,26 @@ impl Clone for EngineHandle {
 }
 
 impl Drop for EngineHandle {
+    /// The last handle waits until the engine has given its memory back: a process that ends meanwhile would take the device's
+    /// driver away under it.
     fn drop(&mut self) {
-        if self.shared.handles.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.shared.announce(self.shared.inbox());
+        if self.shared.handles.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
         }
+        let inbox = self.shared.inbox();
+        let wait = match inbox.thread {
+            Thread::None | Thread::Ended => false,
+            Thread::Starting => true,
+            Thread::Running(thread) => thread != std::thread::current().id(),
+        };
+        self.shared.announce(inbox);
+        if !wait {
+            return;
+        }
+        let inbox = self.shared.inbox();
+        let runs = |inbox: &mut Inbox| !inbox.is_over();
+        let waited = self.shared.changed.wait_timeout_while(inbox, LAST_WORDS, runs);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 }
 

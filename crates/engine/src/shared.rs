@@ -50,6 +50,18 @@ pub(crate) enum Life {
     Dead(String),
 }
 
+/// The thread that an engine runs on.
+pub(crate) enum Thread {
+    /// None: somebody steps it.
+    None,
+    /// It has been started.
+    Starting,
+    /// It runs, and holds the runner's memory.
+    Running(std::thread::ThreadId),
+    /// The loop has ended and the runner's memory is given back.
+    Ended,
+}
+
 pub(crate) struct Inbox {
     pub(crate) commands: VecDeque<Command>,
     /// Live requests by id.
@@ -58,6 +70,8 @@ pub(crate) struct Inbox {
     pub(crate) queued: usize,
     pub(crate) life: Life,
     pub(crate) sleep: Sleep,
+    /// The engine's own thread, if it has one.
+    pub(crate) thread: Thread,
     /// Counts changes, so that a waiting engine misses none.
     pub(crate) epoch: u64,
     next_key: RequestKey,
@@ -84,6 +98,7 @@ impl Shared {
             queued: 0,
             life: Life::Running,
             sleep: Sleep::default(),
+            thread: Thread::None,
             epoch: 0,
             next_key: 1,
         };
@@ -144,6 +159,11 @@ impl Shared {
 }
 
 impl Inbox {
+    /// The loop has ended, and whatever the engine held is gone.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.life, Life::Dead(_)) && matches!(self.thread, Thread::None | Thread::Ended)
+    }
+
     pub(crate) fn new_key(&mut self) -> RequestKey {
         let key = self.next_key;
         self.next_key += 1;

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 
@@ -259,4 +260,42 @@ fn figures_are_true_during_a_step() {
     while let Step::Ran(_) = engine.step() {}
     assert_eq!(*seen.lock().unwrap(), [(2, 1), (1, 0)]);
     drop(streams);
+}
+
+/// Takes its time to give its memory back.
+struct SlowToGo(Arc<AtomicBool>);
+
+impl Runner for SlowToGo {
+    fn info(&self) -> RunnerInfo {
+        Counting.info()
+    }
+
+    fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
+        Counting.execute(step)
+    }
+}
+
+impl Drop for SlowToGo {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(50));
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn who_ends_an_engine_waits_until_its_memory_is_given_back() {
+    let spawn = || {
+        let gone = Arc::new(AtomicBool::new(false));
+        let runner = SlowToGo(Arc::clone(&gone));
+        let engine = Engine::new(runner, config(), Arc::new(SystemClock::new())).unwrap();
+        (engine.spawn().unwrap(), gone)
+    };
+    let (handle, gone) = spawn();
+    drop(handle.clone());
+    assert!(!gone.load(Ordering::SeqCst), "a clone is no end");
+    drop(handle);
+    assert!(gone.load(Ordering::SeqCst), "after the last handle");
+    let (handle, gone) = spawn();
+    assert!(handle.shutdown(Shutdown::Abort, SOON));
+    assert!(gone.load(Ordering::SeqCst), "after the shutdown");
 }
