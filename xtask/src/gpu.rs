@@ -21,15 +21,17 @@ Without it: copy the bundle, unpack it, run ./run.sh there.
   TEST         only these, such as twin_linear";
 
 /// Test binaries: package and test. Each one's GPU tests are ignored where there is none.
-const TESTS: [(&str, &str); 8] = [
+const TESTS: [(&str, &str); 10] = [
     ("bitfast-cuda", "selfcheck"),
     ("bitfast-cuda", "twin_linear"),
     ("bitfast-cuda", "twin_rows"),
     ("bitfast-cuda", "twin_attention"),
     ("bitfast-cuda", "twin_sampler"),
+    ("bitfast-cuda", "unconstrained"),
     ("bitfast-testkit", "golden_cuda"),
     ("bitfast-testkit", "law_cuda"),
     ("bitfast-testkit", "law_cuda_breakers"),
+    ("bitfast-testkit", "law_cuda_unconstrained"),
 ];
 
 /// What `cargo xtask gpu` was asked for.

@@ -28,7 +28,7 @@ run() {
 }
 
 if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; fi
-for binary in selfcheck twin_* golden_* law_*; do
+for binary in selfcheck twin_* unconstrained golden_* law_*; do
     if [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
 done
 if [ "${1:-}" = --sanitizer ]; then
