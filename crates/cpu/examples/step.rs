@@ -1,5 +1,8 @@
 //! Times a model-shaped step through the `Backend` trait with synthetic weights: prefill, decode alone and in a
 //! batch. `cargo run --release -p bitfast-cpu --example step -- [--isa I] [--threads N] [--layers N] [--no-law] [--no-pin] [--only CASE]`
+//!
+//! `--law-cost ROUNDS` compares the law with the unconstrained mode instead: both on the same weights, cache and buffers in
+//! one process, in blocks of steps in ABBA order, so that neither memory's placement nor a slow minute takes a side.
 
 use std::time::Instant;
 
@@ -91,7 +94,7 @@ impl Model {
         }
     }
 
-    /// One step; adds the seconds of each op to `times`.
+    /// One step; adds the seconds of each op of [`OPS`] to `times`.
     fn step(&mut self, b: &mut CpuBackend, batch: &BatchInputs, times: &mut [(&'static str, f64); 9]) {
         let mut last = Instant::now();
         let mut lap = |i: usize| {
@@ -157,9 +160,88 @@ fn batch(seqs: usize, context: usize, rows: usize) -> BatchInputs {
     out
 }
 
+const OPS: [&str; 9] = ["embed", "qkv", "prep", "attn", "o", "norm", "gate_up", "down", "head"];
+
+/// Milliseconds, and their part of each op.
+type Timed = (f64, [f64; 9]);
+
+/// `steps` steps of a batch.
+fn time(model: &mut Model, b: &mut CpuBackend, batch: &BatchInputs, steps: usize) -> Vec<Timed> {
+    (0..steps)
+        .map(|_| {
+            let mut ops = OPS.map(|name| (name, 0.0));
+            let start = Instant::now();
+            model.step(b, batch, &mut ops);
+            (start.elapsed().as_secs_f64() * 1e3, ops.map(|(_, seconds)| seconds * 1e3))
+        })
+        .collect()
+}
+
+fn quantile(mut all: Vec<f64>, q: f64) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[((all.len() - 1) as f64 * q).round() as usize]
+}
+
+/// Median step and median of each op.
+fn medians(steps: &[Timed]) -> Timed {
+    let op = |i: usize| quantile(steps.iter().map(|s| s.1[i]).collect(), 0.5);
+    (quantile(steps.iter().map(|s| s.0).collect(), 0.5), std::array::from_fn(op))
+}
+
+/// Steps of a block, the first of which warms up.
+fn block_steps(repeats: usize) -> usize {
+    (repeats / 5).clamp(2, 12) + 1
+}
+
+/// Blocks of steps in ABBA order; what the law costs by pairs of neighbouring blocks.
+fn law_cost(
+    model: &mut Model,
+    modes: &mut [CpuBackend; 2],
+    batch: &BatchInputs,
+    rounds: usize,
+    steps: usize,
+) {
+    let mut pairs: Vec<[Timed; 2]> = Vec::new();
+    for round in 0..rounds {
+        for first in [round % 2, 1 - round % 2] {
+            let mut pair = [(0.0, [0.0; 9]); 2];
+            for mode in [first, 1 - first] {
+                // The other mode's workers go to sleep.
+                std::thread::sleep(std::time::Duration::from_millis(3));
+                let all = time(model, &mut modes[mode], batch, steps);
+                pair[mode] = medians(&all[1..]);
+            }
+            pairs.push(pair);
+        }
+    }
+    let ratios = |part: &dyn Fn(&Timed) -> f64| -> Vec<f64> {
+        pairs.iter().map(|[law, free]| part(law) / part(free)).collect()
+    };
+    let of = |mode: usize| quantile(pairs.iter().map(|p| p[mode].0).collect(), 0.5);
+    let whole = ratios(&|t| t.0);
+    println!(
+        "    {} pairs: law {:.2} ms, unconstrained {:.2} ms; law / unconstrained {:.4} (p10 {:.4}, p25 {:.4}, p75 {:.4}, p90 {:.4})",
+        pairs.len(),
+        of(0),
+        of(1),
+        quantile(whole.clone(), 0.5),
+        quantile(whole.clone(), 0.1),
+        quantile(whole.clone(), 0.25),
+        quantile(whole.clone(), 0.75),
+        quantile(whole, 0.9),
+    );
+    let ops: Vec<String> = (0..OPS.len())
+        .map(|i| {
+            let ms = |mode: usize| quantile(pairs.iter().map(|p| p[mode].1[i]).collect(), 0.5);
+            format!("{} {:.2} / {:.2}", OPS[i], ms(0), ms(1))
+        })
+        .collect();
+    println!("    ms: {}", ops.join(", "));
+}
+
 fn main() {
     let mut options = CpuOptions::default();
-    let (mut layers, mut only) = (30, String::new());
+    let (mut layers, mut only, mut rounds) = (30, String::new(), 0);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().expect("a value");
@@ -170,14 +252,16 @@ fn main() {
             "--layers" => layers = value().parse().unwrap(),
             "--no-law" => options.batch_invariant = false,
             "--no-pin" => options.pin = false,
+            "--law-cost" => rounds = value().parse().unwrap(),
             other => panic!("unknown flag {other}"),
         }
     }
-    let mut b = CpuBackend::new(&options).unwrap();
+    let mut modes = [options.batch_invariant, false]
+        .map(|law| CpuBackend::new(&CpuOptions { batch_invariant: law, ..options.clone() }).unwrap());
     let start = Instant::now();
-    let mut model = Model::new(&b, layers, 8 * 40);
-    println!("{}; built in {:.2} s", b.device(), start.elapsed().as_secs_f64());
-    bandwidth(&mut b, &model);
+    let mut model = Model::new(&modes[0], layers, 8 * 40);
+    println!("{}; built in {:.2} s", modes[0].device(), start.elapsed().as_secs_f64());
+    bandwidth(&mut modes[0], &model);
     for (name, seqs, context, rows, repeats) in [
         ("prefill 512", 1, 0, 512, 15),
         ("decode 1 @ 64", 1, 64, 1, 100),
@@ -190,31 +274,22 @@ fn main() {
             continue;
         }
         let batch = batch(seqs, context, rows);
-        let names = ["embed", "qkv", "prep", "attn", "o", "norm", "gate_up", "down", "head"];
-        let mut times = names.map(|n| (n, 0.0));
-        model.step(&mut b, &batch, &mut times);
-        let (mut best, mut all) = (f64::MAX, Vec::new());
-        for _ in 0..repeats {
-            let mut t = names.map(|n| (n, 0.0));
-            let start = Instant::now();
-            model.step(&mut b, &batch, &mut t);
-            let took = start.elapsed().as_secs_f64();
-            if took < best {
-                (best, times) = (took, t);
-            }
-            all.push(took);
+        if rounds > 0 {
+            println!("{name}:");
+            law_cost(&mut model, &mut modes, &batch, rounds, block_steps(repeats));
+            continue;
         }
-        all.sort_by(f64::total_cmp);
-        let tokens = (seqs * rows) as f64;
-        let median = all[all.len() / 2];
+        let all = time(&mut model, &mut modes[0], &batch, repeats + 1).split_off(1);
+        let median = medians(&all).0;
+        let best = all.iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("at least one step");
+        let tokens = (seqs * rows) as f64 * 1e3;
         println!(
-            "{name}: {:.2} ms best, {:.2} ms median = {:.1} tok/s best, {:.1} median",
-            best * 1e3,
-            median * 1e3,
-            tokens / best,
+            "{name}: {:.2} ms best, {median:.2} ms median = {:.1} tok/s best, {:.1} median",
+            best.0,
+            tokens / best.0,
             tokens / median
         );
-        let parts: Vec<String> = times.iter().map(|(n, t)| format!("{n} {:.2}", t * 1e3)).collect();
+        let parts: Vec<String> = OPS.iter().zip(best.1).map(|(n, ms)| format!("{n} {ms:.2}")).collect();
         println!("    ms: {}", parts.join(", "));
     }
 }
