@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test binary beside it on this machine's GPU, prints a table, fails on any difference.
-# usage: ./run.sh [--sanitizer]
+# usage: ./run.sh [--sanitizer | --only-sanitizer]
 cd "$(dirname "$0")" || exit 2
 export BITFAST_FIXTURES="$PWD/fixtures"
 mkdir -p logs
@@ -29,9 +29,9 @@ run() {
 
 if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; fi
 for binary in selfcheck twin_* unconstrained golden_* law_*; do
-    if [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
+    if [ "${1:-}" != --only-sanitizer ] && [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
 done
-if [ "${1:-}" = --sanitizer ]; then
+case ${1:-} in --sanitizer | --only-sanitizer)
     for tool in memcheck racecheck; do
         for binary in twin_*; do
             ./"$binary" --list --ignored small | grep -q ': test' || continue
@@ -39,6 +39,7 @@ if [ "${1:-}" = --sanitizer ]; then
                 "./$binary" --include-ignored --test-threads=1 small
         done
     done
-fi
+    ;;
+esac
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

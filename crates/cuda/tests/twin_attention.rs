@@ -13,7 +13,7 @@ use bitfast_cuda::rows::{QkvPrep, QkvPrepArgs, QkvPrepSpec};
 use bitfast_ops::{AttnDesc, Class, SeqInput, bf16, reference};
 
 mod gpu;
-use gpu::{Gpu, bytes, compile, floats, gpu, parallel, uniform, wide, word, words};
+use gpu::{Compare, Gpu, bytes, compile, floats, gpu, parallel, uniform, wide, word, words};
 
 /// One batch with all its inputs on the host.
 struct Batch {
@@ -84,16 +84,18 @@ impl Batch {
         cache
     }
 
-    /// `[rows, heads, head_dim]` by the CPU reference, a task for each row of a key/value head.
+    /// `[rows, heads, head_dim]` by the CPU reference.
     fn reference(&self, class: Class) -> Vec<bf16> {
+        let rows = |(s, seq): (usize, &SeqInput)| (0..seq.num_rows as usize).map(move |row| (s, row));
+        self.reference_of(class, &self.seqs.iter().enumerate().flat_map(rows).collect::<Vec<_>>())
+    }
+
+    /// The same of some rows (sequence, row of it), zeros elsewhere: a task for each row of a key/value head.
+    fn reference_of(&self, class: Class, rows: &[(usize, usize)]) -> Vec<bf16> {
         let AttentionSpec { heads, kv_heads, head_dim } = self.spec;
         let group = self.spec.group();
-        let mut tasks = Vec::new();
-        for (s, seq) in self.seqs.iter().enumerate() {
-            for head in 0..kv_heads {
-                tasks.extend((0..seq.num_rows as usize).map(|row| (s, head, row)));
-            }
-        }
+        let tasks: Vec<_> =
+            rows.iter().flat_map(|(s, row)| (0..kv_heads).map(|head| (*s, head, *row))).collect();
         let desc = AttnDesc { layer: 0, heads: group, kv_heads: 1, head_dim, scale_log2: self.scale_log2 };
         let out = Mutex::new(vec![bf16::ZERO; self.rows() * heads * head_dim]);
         parallel(tasks.len(), |i| {
@@ -301,6 +303,99 @@ fn assert_close(what: &str, batch: &Batch, got: &[u8], expected: &[u8]) {
             assert!((got - expected).abs() <= 0.03, "{what}, element {at}: {got}, not {expected}");
         }
     }
+}
+
+/// Small enough to run under compute-sanitizer.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn small_batches() {
+    let gpu = gpu();
+    let mut compared = 0;
+    for (heads, kv_heads, head_dim) in [(4, 2, 64), (2, 1, 128), (2, 1, 256)] {
+        let spec = AttentionSpec { heads, kv_heads, head_dim };
+        let batch = Batch::new(spec, &[(63, 1), (510, 5), (0, 20)], 4);
+        let (expected, data) = (bytes(&batch.reference(Class::Hopper)), upload(&gpu, &batch));
+        let paired = Tiling { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Paired };
+        for tiling in tilings(&spec).into_iter().chain((head_dim <= 128).then_some(paired)) {
+            let difference = check(&gpu, &batch, &data, &[(tiling, vec![0, 1, 2])], &expected);
+            assert_eq!(difference, None);
+            compared += 1;
+        }
+    }
+    println!("attention: {compared} runs equal the reference");
+}
+
+const TOKENS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
+
+/// The heads of SmolLM2-135M, Llama-3.2-1B, Qwen3-1.7B, Llama-3.1-8B, and wide ones: a prompt of so many tokens, and so many sequences
+/// that decode. Chosen rows equal the CPU's reference, all rows those of a plan with other tiles.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn anchor_heads_at_every_number_of_tokens() {
+    let gpu = gpu();
+    let compare = Compare::new(&gpu);
+    let specs = [(9, 3, 64), (32, 8, 64), (16, 8, 128), (32, 8, 128), (8, 2, 256)]
+        .map(|(heads, kv_heads, head_dim)| AttentionSpec { heads, kv_heads, head_dim });
+    let other = Tiling { row_warps: 3, dim_warps: 2, slots: 2, min_ctas: 1, share: Share::Whole };
+    let plans = |s: &AttentionSpec| [Tiling::decode(s), Tiling::decode_whole(s), Tiling::prefill(s), other];
+    let sources = |s: &AttentionSpec| plans(s).map(|t| t.source(s));
+    gpu.prepare(&specs.iter().flat_map(sources).collect::<Vec<_>>());
+    let mut compared = 0;
+    for spec in specs {
+        let AttentionSpec { heads, head_dim, .. } = spec;
+        let prompt = |tokens: usize| vec![(0usize, tokens)];
+        let decode = |tokens: usize| -> Vec<(usize, usize)> {
+            let context = |i: usize| if i.is_multiple_of(40) { 500 + i % 30 } else { i * 7 % 70 };
+            (0..tokens).map(|i| (context(i), 1)).collect()
+        };
+        let many =
+            [0, 1, 15, 16, 31, 64, 127, 128, 255, 511, 512, 513, 999, 2500, 4095].map(|row| (0usize, row));
+        let one: Vec<_> = (0..1000).filter(|i| i % 40 == 0 || i % 23 == 1).map(|i| (i, 0)).collect();
+        for (most, shapes, rows, plans) in [
+            (4096, &prompt as &dyn Fn(usize) -> _, &many[..], vec![Tiling::prefill(&spec)]),
+            (1000, &decode, &one[..], vec![Tiling::decode(&spec), Tiling::decode_whole(&spec)]),
+        ] {
+            let expected = bytes(&Batch::new(spec, &shapes(most), 6).reference_of(Class::Hopper, rows));
+            for tokens in TOKENS.into_iter().filter(|tokens| *tokens <= most) {
+                // The same numbers, cut off.
+                let batch = Batch::new(spec, &shapes(tokens), 6);
+                let data = upload(&gpu, &batch);
+                let second = run(&gpu, &batch, &data, other);
+                for &plan in &plans {
+                    let out = run(&gpu, &batch, &data, plan);
+                    let written = tokens * heads * head_dim;
+                    let found = compare.run(&gpu, &out, &second, 2, written);
+                    assert_eq!(
+                        found,
+                        [0, 0],
+                        "{spec:?}, {tokens} tokens, {plan:?}: elements that differ, unwritten"
+                    );
+                    let got = gpu.read(&out);
+                    let bytes_a_row = heads * head_dim * 2;
+                    for row in rows.iter().map(|(s, row)| s + row).filter(|row| *row < tokens) {
+                        let of = |all: &[u8]| all[row * bytes_a_row..][..bytes_a_row].to_vec();
+                        assert!(of(&got) == of(&expected), "{spec:?}, {tokens} tokens, {plan:?}: row {row}");
+                    }
+                    compared += 1;
+                }
+            }
+        }
+    }
+    println!("attention: {compared} runs equal");
+}
+
+/// One launch over all sequences, poison behind its rows.
+fn run(gpu: &Gpu, batch: &Batch, data: &OnGpu, tiling: Tiling) -> Buffer {
+    let row = batch.spec.heads * batch.spec.head_dim * 2;
+    let out = gpu.poisoned((batch.rows() + 2) * row);
+    let attention = Attention::new(&gpu.device, &gpu.jit, batch.spec, tiling).expect("a kernel");
+    let work = attention.work(&batch.seqs, &(0..batch.seqs.len()).collect::<Vec<_>>());
+    let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+    let OnGpu { q, kv } = data;
+    attention.launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, q, kv, &out).expect("launch");
+    // Before the kernel is unloaded.
+    gpu.stream.synchronize().expect("a kernel that ran");
+    out
 }
 
 /// A step as an engine queues it: qkv_prep, then attention that starts before it has ended and reads what it stores. Two steps take turns on

@@ -9,9 +9,15 @@ use bitfast_ops::{NormDesc, RopeTable, bf16, exact, reference};
 mod gpu;
 use gpu::{Gpu, bytes, compile, floats, gpu, uniform, wide, word, words};
 
-const ROWS: [usize; 7] = [1, 7, 16, 17, 33, 64, 129];
+const ROWS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
+/// Shapes that are no anchor model's are tried on fewer rows.
+const FEW_ROWS: &[usize] = &[1, 7, 16, 17, 33, 64, 129];
 /// Poison behind an output.
 const TAIL: usize = 512;
+
+fn rows_for(anchor: bool) -> &'static [usize] {
+    if anchor { &ROWS } else { FEW_ROWS }
+}
 
 const NORM_D: [usize; 10] = [100, 576, 1000, 1023, 1024, 1536, 2048, 4096, 5120, 8192];
 
@@ -52,28 +58,28 @@ fn every_kernel_compiles() {
 #[ignore = "needs an H100 or H200"]
 fn gather_equals_the_reference() {
     let gpu = gpu();
-    for d in [100, 576, 2048] {
-        let kernel = Gather::new(&gpu.device, &gpu.jit, d).expect("a kernel");
-        let table = wide(301 * d, 1, -100, 200);
-        let on_gpu = gpu.upload(&bytes(&table));
-        for rows in ROWS {
-            let ids: Vec<u32> = (0..rows as u64).map(|i| (word(i, 2) % 301) as u32).collect();
-            let out = gpu.poisoned(rows * d * 2 + TAIL);
-            let index = gpu.upload(&words(&ids));
-            kernel.launch(&gpu.stream, Overlap::None, rows, &on_gpu, &index, &out).expect("launch");
-            gpu.assert_equal(
-                &format!("gather {rows} x {d}"),
-                &out,
-                &bytes(&reference::embed(&table, d, &ids)),
-            );
-        }
-        let out = gpu.poisoned(2 * d * 2);
-        let index = gpu.upload(&words(&[u32::MAX, 300]));
-        kernel.launch(&gpu.stream, Overlap::None, 2, &on_gpu, &index, &out).expect("launch");
-        let mut expected = vec![bf16::ZERO; d];
-        expected.extend(&table[300 * d..]);
-        gpu.assert_equal("a row of padding", &out, &bytes(&expected));
+    for d in [100, 576, 2048, 4096] {
+        check_gather(&gpu, d, &ROWS);
     }
+}
+
+fn check_gather(gpu: &Gpu, d: usize, all_rows: &[usize]) {
+    let kernel = Gather::new(&gpu.device, &gpu.jit, d).expect("a kernel");
+    let table = wide(301 * d, 1, -100, 200);
+    let on_gpu = gpu.upload(&bytes(&table));
+    for &rows in all_rows {
+        let ids: Vec<u32> = (0..rows as u64).map(|i| (word(i, 2) % 301) as u32).collect();
+        let out = gpu.poisoned(rows * d * 2 + TAIL);
+        let index = gpu.upload(&words(&ids));
+        kernel.launch(&gpu.stream, Overlap::None, rows, &on_gpu, &index, &out).expect("launch");
+        gpu.assert_equal(&format!("gather {rows} x {d}"), &out, &bytes(&reference::embed(&table, d, &ids)));
+    }
+    let out = gpu.poisoned(2 * d * 2);
+    let index = gpu.upload(&words(&[u32::MAX, 300]));
+    kernel.launch(&gpu.stream, Overlap::None, 2, &on_gpu, &index, &out).expect("launch");
+    let mut expected = vec![bf16::ZERO; d];
+    expected.extend(&table[300 * d..]);
+    gpu.assert_equal("a row of padding", &out, &bytes(&expected));
 }
 
 #[test]
@@ -82,32 +88,51 @@ fn norms_equal_the_reference() {
     let gpu = gpu();
     for d in NORM_D {
         for unit_offset in [false, true] {
-            let desc = norm_desc(unit_offset);
-            let kernel = RmsNorm::new(&gpu.device, &gpu.jit, d, desc).expect("a kernel");
-            let w = wide(d, 3, -6, 8);
-            let on_gpu = gpu.upload(&bytes(&w));
-            for rows in ROWS {
-                // From the denormals on: nothing is flushed.
-                let low = if rows % 2 == 0 { -20 } else { -127 };
-                let (x, delta) = (wide(rows * d, 4, low, 30), wide(rows * d, 5, low, 29));
-                let out = gpu.poisoned(rows * d * 2 + TAIL);
-                let what = format!("rms_norm {rows} x {d}, {desc:?}");
-                let input = gpu.upload(&bytes(&x));
-                kernel.launch(&gpu.stream, Overlap::None, rows, &input, &on_gpu, &out).expect("launch");
-                gpu.assert_equal(&what, &out, &bytes(&reference::rms_norm(&x, &w, desc)));
-
-                let mut residual = x.clone();
-                let expected = reference::add_rms_norm(&mut residual, &delta, &w, desc);
-                out.fill(&gpu.stream, 0xFF).expect("poison");
-                let on_gpu_delta = gpu.upload(&bytes(&delta));
-                kernel
-                    .launch_add(&gpu.stream, Overlap::None, rows, &input, &on_gpu_delta, &on_gpu, &out)
-                    .expect("launch");
-                gpu.assert_equal(&format!("add {what}"), &out, &bytes(&expected));
-                gpu.assert_equal(&format!("residual of {what}"), &input, &bytes(&residual));
-            }
+            check_norms(&gpu, d, unit_offset, rows_for([576, 2048, 4096].contains(&d)));
         }
     }
+}
+
+fn check_norms(gpu: &Gpu, d: usize, unit_offset: bool, all_rows: &[usize]) {
+    let desc = norm_desc(unit_offset);
+    let kernel = RmsNorm::new(&gpu.device, &gpu.jit, d, desc).expect("a kernel");
+    let w = wide(d, 3, -6, 8);
+    let on_gpu = gpu.upload(&bytes(&w));
+    for &rows in all_rows {
+        // From the denormals on: nothing is flushed.
+        let low = if rows % 2 == 0 { -20 } else { -127 };
+        let (x, delta) = (wide(rows * d, 4, low, 30), wide(rows * d, 5, low, 29));
+        let out = gpu.poisoned(rows * d * 2 + TAIL);
+        let what = format!("rms_norm {rows} x {d}, {desc:?}");
+        let input = gpu.upload(&bytes(&x));
+        kernel.launch(&gpu.stream, Overlap::None, rows, &input, &on_gpu, &out).expect("launch");
+        gpu.assert_equal(&what, &out, &bytes(&reference::rms_norm(&x, &w, desc)));
+
+        let mut residual = x.clone();
+        let expected = reference::add_rms_norm(&mut residual, &delta, &w, desc);
+        out.fill(&gpu.stream, 0xFF).expect("poison");
+        let delta = gpu.upload(&bytes(&delta));
+        kernel.launch_add(&gpu.stream, Overlap::None, rows, &input, &delta, &on_gpu, &out).expect("launch");
+        gpu.assert_equal(&format!("add {what}"), &out, &bytes(&expected));
+        gpu.assert_equal(&format!("residual of {what}"), &input, &bytes(&residual));
+    }
+}
+
+/// Small enough to run under compute-sanitizer.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn small_rows() {
+    let gpu = gpu();
+    check_norms(&gpu, 100, false, &[1, 7]);
+    check_norms(&gpu, 2048, true, &[3]);
+    let kernel = SiluMul::new(&gpu.device, &gpu.jit, 100).expect("a kernel");
+    check_silu(&gpu, &kernel, 100, &wide(500, 8, -30, 38), &wide(500, 9, -60, 80));
+    let specs = qkv_specs();
+    for spec in [specs[1], specs[5], specs[6]] {
+        let kernel = QkvPrep::new(&gpu.device, &gpu.jit, spec).expect("a kernel");
+        check_qkv(&gpu, &kernel, spec, 9);
+    }
+    check_gather(&gpu, 100, &[1, 17]);
 }
 
 /// The comparison can fail: rows whose lanes are summed in another order have another norm.
@@ -138,9 +163,9 @@ fn another_order_of_lanes_differs() {
 #[ignore = "needs an H100 or H200"]
 fn silu_mul_equals_the_reference() {
     let gpu = gpu();
-    for inner in [100, 1536, 6144] {
+    for inner in [100, 1536, 6144, 14336] {
         let kernel = SiluMul::new(&gpu.device, &gpu.jit, inner).expect("a kernel");
-        for rows in ROWS {
+        for &rows in rows_for(inner == 1536 || inner == 6144) {
             check_silu(
                 &gpu,
                 &kernel,
@@ -173,7 +198,9 @@ fn qkv_prep_equals_the_reference() {
     let gpu = gpu();
     for spec in qkv_specs() {
         let kernel = QkvPrep::new(&gpu.device, &gpu.jit, spec).expect("a kernel");
-        for rows in ROWS {
+        // Those of SmolLM2 and of Qwen3-1.7B, with norms and without.
+        let anchor = spec.attention.heads != 5 && spec.attention.head_dim <= 128;
+        for &rows in rows_for(anchor) {
             check_qkv(&gpu, &kernel, spec, rows);
         }
     }

@@ -248,6 +248,27 @@ fn random_and_adversarial_rows_equal_the_reference() {
     println!("sampler: {compared} rows equal the reference");
 }
 
+/// Small enough to run under compute-sanitizer.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn small_vocabularies() {
+    let gpu = gpu();
+    let mut compared = 0;
+    for (v, vocab) in [33, 2049, 4097].into_iter().enumerate() {
+        let mut sampler = Sampler::new(&gpu.device, &gpu.jit, vocab, 8).expect("a sampler");
+        for count in [1, 8] {
+            let mut draw = Draw { salt: 9000 + (10 * v + count) as u64, next: 0 };
+            let data: Vec<f32> = (0..count).flat_map(|r| logits(vocab, r, &mut draw)).collect();
+            let asked: Vec<Lists> = (0..count).map(|_| lists(vocab, &mut draw)).collect();
+            let rows: Vec<_> = asked.iter().enumerate().map(|(i, a)| a.row(i as u32)).collect();
+            let found = differences(&gpu, &mut sampler, vocab, &data, &rows);
+            assert!(found.is_empty(), "{found:#?}");
+            compared += count;
+        }
+    }
+    println!("sampler: {compared} rows equal the reference");
+}
+
 /// Where a nucleus ends, to the token: positions at which the last token of the prefix, or the first one behind it, has so much noise
 /// that it wins if it runs. One entry more or less in the fold would be seen.
 #[test]

@@ -139,13 +139,7 @@ struct Observer(Arc<Mutex<Seen>>);
 
 impl RowObserver for Observer {
     fn row(&mut self, row: ObservedRow<'_>) {
-        let mut bytes = Vec::with_capacity(4 * row.logits.len());
-        for x in row.logits {
-            assert!(x.is_finite(), "{} at {}: a logit is {x}", row.request, row.position);
-            bytes.extend(x.to_bits().to_le_bytes());
-        }
-        let mut hash = [0; 16];
-        hash.copy_from_slice(&blake3::hash(&bytes).as_bytes()[..16]);
+        let hash = hash_of(row.logits, |x| panic!("{} at {}: a logit is {x}", row.request, row.position));
         let mut seen = self.0.lock().expect("no panic in a row");
         let seen = seen.0.entry(row.request.to_owned()).or_default();
         let key = (row.sample, row.position);
@@ -156,6 +150,23 @@ impl RowObserver for Observer {
             }
         }
     }
+}
+
+/// Hash of a row's bits; `refuse` gets a logit that is not finite. Rows are long and many: in pieces that the hash takes side by side.
+fn hash_of(logits: &[f32], refuse: impl Fn(f32)) -> [u8; 16] {
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = vec![0; 4 * logits.len().min(1 << 14)];
+    for part in logits.chunks(1 << 14) {
+        if part.iter().fold(false, |bad, x| bad | !x.is_finite()) {
+            part.iter().filter(|x| !x.is_finite()).for_each(|x| refuse(*x));
+        }
+        let bytes = &mut bytes[..4 * part.len()];
+        bytes.chunks_exact_mut(4).zip(part).for_each(|(b, x)| b.copy_from_slice(&x.to_bits().to_le_bytes()));
+        hasher.update(bytes);
+    }
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    hash
 }
 
 /// Fills the whole KV cache with NaN before its first step, so that reading a slot that nobody wrote shows.
