@@ -39,7 +39,7 @@ pub const NVRTC: EnvVar = EnvVar {
 /// The library of the unconstrained mode on a GPU.
 pub const CUBLASLT: EnvVar = EnvVar {
     names: &["BITFAST_CUBLASLT"],
-    doc: "path of cuBLASLt's library, for --no-batch-invariant on a GPU (default: as NVRTC's, or beside it)",
+    doc: "path of cuBLASLt's library, for --no-batch-invariant on a GPU (default: found like NVRTC)",
 };
 
 /// The server's key.
