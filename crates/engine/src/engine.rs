@@ -14,7 +14,7 @@ use crate::prepare::Prepared;
 use crate::profile::Recorder;
 use crate::request::{Event, Failure, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
-use crate::shared::{Command, Life, RequestKey, Shared, Submission, Thread};
+use crate::shared::{Command, Life, Outbox, RequestKey, Shared, Submission, Thread};
 use crate::stats::{EngineStats, StepRecord};
 
 /// Why an engine could not be made.
@@ -69,6 +69,8 @@ pub struct Engine<R: Runner> {
     /// Blocks whose content became garbage, when they are to be poisoned.
     pub(crate) discarded: Vec<u32>,
     pub(crate) stats: EngineStats,
+    /// Events of the last step, where the runner gives the engine time to tell them during the next one.
+    pub(crate) outbox: Option<Arc<Outbox>>,
     seeds_drawn: u64,
     /// The inbox's change count when it was last drained.
     epoch: u64,
@@ -118,6 +120,7 @@ impl<R: Runner> Engine<R> {
         Ok(Self {
             stats: EngineStats { kv_blocks_total: info.num_blocks, ..EngineStats::default() },
             shared: Arc::new(Shared::new(info, clock)),
+            outbox: runner.runs_behind().then(Arc::default),
             runner,
             scheduler,
             requests: BTreeMap::new(),
@@ -217,6 +220,7 @@ impl<R: Runner> Engine<R> {
         let start = self.shared.clock.now();
         let Some(batch) = self.scheduler.schedule() else {
             self.publish_stats();
+            self.tell();
             return Step::Idle;
         };
         self.note_scheduled(&batch, start);
@@ -290,7 +294,8 @@ impl<R: Runner> Engine<R> {
         });
         let key = submission.key;
         let ticket = self.scheduler.ticket(submission.request.priority);
-        let live = Live::new(submission, seed, ticket, &config.eos_token_ids);
+        let outbox = self.outbox.clone();
+        let live = Live::new(submission, seed, ticket, &config.eos_token_ids, outbox);
         self.requests.insert(key, live);
         if let Err(failure) = self.add_sample(key, 0) {
             self.fail(key, failure);
@@ -380,6 +385,13 @@ impl<R: Runner> Engine<R> {
         *self.shared.stats() = self.stats;
     }
 
+    /// Tells the events that wait.
+    pub(crate) fn tell(&self) {
+        if let Some(outbox) = &self.outbox {
+            outbox.tell();
+        }
+    }
+
     /// Ends the engine: live and queued requests fail with `reason`, later ones are refused.
     fn die(&mut self, reason: &str) {
         let commands = {
@@ -396,6 +408,7 @@ impl<R: Runner> Engine<R> {
         for live in std::mem::take(&mut self.requests).into_values() {
             live.end(now, Some(Failure::Engine(reason.to_owned())));
         }
+        self.tell();
         for command in commands {
             if let Command::Submit(mut submission) = command {
                 (submission.sink)(Event::Failed(Failure::Engine(reason.to_owned())));

@@ -1,6 +1,6 @@
 //! A request in service.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bitfast_ops::exact::stream_seed;
@@ -9,7 +9,7 @@ use bitfast_scheduler::{PromptRows, Request, SeqId, Sequence, Ticket};
 
 use crate::constraint::{Guide, GuideRules, Progress};
 use crate::request::{Event, Failure, FinishReason, RequestMetrics, SamplingParams, TokenLogprobs};
-use crate::shared::{EventSink, Submission};
+use crate::shared::{EventSink, Outbox, Submission, lock};
 
 /// A request in service.
 pub(crate) struct Live {
@@ -29,7 +29,9 @@ pub(crate) struct Live {
     ticket: Ticket,
     prompt: Vec<u32>,
     cache_salt: Option<String>,
-    sink: EventSink,
+    sink: Arc<Mutex<EventSink>>,
+    /// Where events wait; none: they are told at once.
+    outbox: Option<Arc<Outbox>>,
 }
 
 /// One sample of a request.
@@ -57,7 +59,13 @@ pub(crate) enum Place {
 }
 
 impl Live {
-    pub(crate) fn new(submission: Submission, seed: u64, ticket: Ticket, model_eos: &[u32]) -> Self {
+    pub(crate) fn new(
+        submission: Submission,
+        seed: u64,
+        ticket: Ticket,
+        model_eos: &[u32],
+        outbox: Option<Arc<Outbox>>,
+    ) -> Self {
         let Submission { request, sink, at, .. } = submission;
         let sampling = request.sampling;
         let always: Vec<u32> =
@@ -86,7 +94,8 @@ impl Live {
             prompt: request.prompt_token_ids,
             cache_salt: request.cache_salt,
             sampling,
-            sink,
+            sink: Arc::new(Mutex::new(sink)),
+            outbox,
         }
     }
 
@@ -108,7 +117,10 @@ impl Live {
     }
 
     pub(crate) fn emit(&mut self, event: Event) {
-        (self.sink)(event);
+        match &self.outbox {
+            None => lock(&self.sink)(event),
+            Some(outbox) => outbox.put(&self.sink, event),
+        }
     }
 
     /// The first step that has it begins.

@@ -86,6 +86,18 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
+        self.execute_and(step, &mut || ())
+    }
+
+    fn runs_behind(&self) -> bool {
+        self.backend.runs_behind()
+    }
+
+    fn execute_and(
+        &mut self,
+        step: &StepInputs<'_>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<StepOutputs, RunnerError> {
         let Self { backend, held: Held::All { model, kv }, .. } = self else {
             panic!("a step of a runner that sleeps");
         };
@@ -98,15 +110,23 @@ impl<B: Backend> Runner for ModelRunner<B> {
             decode_only: step.batch.seqs.iter().all(|seq| seq.num_rows == 1),
         };
         backend.replay(key, &mut |backend| model.forward(backend, kv).map(drop))?;
-        let logits = match step.readback {
-            Readback::Samples => None,
-            Readback::Logits => Some(backend.read_f32(model.logits(), step.batch.logit_rows.len())?),
-        };
-        let samples = match step.rows {
-            [] => Vec::new(),
-            rows => backend.sample(model.logits(), rows)?,
-        };
-        Ok(StepOutputs { samples, logits })
+        match (step.readback, step.rows) {
+            (Readback::Samples, []) => {
+                meanwhile();
+                Ok(StepOutputs::default())
+            }
+            (Readback::Samples, rows) => {
+                let samples = backend.sample_and(model.logits(), rows, meanwhile)?;
+                Ok(StepOutputs { samples, logits: None })
+            }
+            (Readback::Logits, rows) => {
+                meanwhile();
+                let logits = Some(backend.read_f32(model.logits(), step.batch.logit_rows.len())?);
+                let samples =
+                    if rows.is_empty() { Vec::new() } else { backend.sample(model.logits(), rows)? };
+                Ok(StepOutputs { samples, logits })
+            }
+        }
     }
 
     fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
@@ -136,7 +156,7 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn restore(&mut self) -> Result<(), RestoreError> {
         let device = |e: bitfast_ops::BackendError| RestoreError::Device(e.to_string());
-        let model = match &self.held {
+        let mut model = match &self.held {
             Held::All { .. } => return Ok(()),
             Held::Weights(weights) => Arc::clone(weights).model(&self.backend).map_err(device)?,
             Held::Nothing => {
@@ -144,7 +164,8 @@ impl<B: Backend> Runner for ModelRunner<B> {
                 store.model(&self.backend)?
             }
         };
-        let kv = self.backend.kv(&self.layout, self.info.num_blocks).map_err(device)?;
+        let mut kv = self.backend.kv(&self.layout, self.info.num_blocks).map_err(device)?;
+        self.backend.prepare(&mut |backend| model.forward(backend, &mut kv).map(drop)).map_err(device)?;
         self.held = Held::All { model, kv };
         Ok(())
     }

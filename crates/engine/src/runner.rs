@@ -12,6 +12,21 @@ pub trait Runner: Send + 'static {
     /// Computes one step. An error ends the engine: the cache's content is unknown after it.
     fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError>;
 
+    /// Whether a device computes while the host is free: then the events of a step are told during the next one.
+    fn runs_behind(&self) -> bool {
+        false
+    }
+
+    /// [`execute`](Self::execute), and `meanwhile` once: when the device has all of the step and the host would only wait.
+    fn execute_and(
+        &mut self,
+        step: &StepInputs<'_>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<StepOutputs, RunnerError> {
+        meanwhile();
+        self.execute(step)
+    }
+
     /// Tells `observer` from now on what its lanes do, or nobody.
     fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
         let _ = observer;

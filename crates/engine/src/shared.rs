@@ -15,6 +15,29 @@ use crate::stats::{EngineStats, StepRing};
 /// Where a request's events go. Called on the engine thread: it must not block, and a panic in it ends the engine.
 pub type EventSink = Box<dyn FnMut(Event) + Send>;
 
+/// Events that are told later, in their order; see [`crate::Runner::runs_behind`].
+#[derive(Default)]
+pub(crate) struct Outbox(Mutex<Vec<(Arc<Mutex<EventSink>>, Event)>>);
+
+impl Outbox {
+    pub(crate) fn put(&self, sink: &Arc<Mutex<EventSink>>, event: Event) {
+        lock(&self.0).push((Arc::clone(sink), event));
+    }
+
+    /// Tells all of them.
+    pub(crate) fn tell(&self) {
+        let events = std::mem::take(&mut *lock(&self.0));
+        for (sink, event) in events {
+            lock(&sink)(event);
+        }
+    }
+}
+
+/// What a panicked holder leaves is whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Names a submission for the engine's lifetime, unlike a request id, which may come again.
 pub(crate) type RequestKey = u64;
 

@@ -166,6 +166,8 @@ impl<R: Runner> Engine<R> {
             }
             (sleep.wanted, sleep.actual, sleep.asked)
         };
+        // What follows may take its time.
+        self.tell();
         let restored = match wanted {
             Some(level) => {
                 if level > SleepLevel::Pause && actual < Some(level) {

@@ -52,7 +52,7 @@ impl<R: Runner> Engine<R> {
     }
 
     pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Range<Duration>), RunnerError> {
-        let Self { prepared, scheduler, requests, owners, runner, masks, .. } = self;
+        let Self { prepared, scheduler, requests, owners, runner, masks, outbox, .. } = self;
         prepared.fill(batch, scheduler, |part| {
             let (key, index) = owners[&part.seq];
             (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
@@ -86,7 +86,8 @@ impl<R: Runner> Engine<R> {
         let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
         let step = StepInputs { batch: &prepared.inputs, rows: &rows, poison: &self.discarded, readback };
         let began = self.shared.clock.now();
-        let outputs = runner.execute(&step)?;
+        let mut meanwhile = || outbox.iter().for_each(|outbox| outbox.tell());
+        let outputs = runner.execute_and(&step, &mut meanwhile)?;
         let execute = began..self.shared.clock.now();
         assert_eq!(outputs.samples.len(), rows.len(), "the runner answered other rows");
         Ok((outputs, execute))

@@ -375,6 +375,22 @@ pub trait Backend: Send + 'static {
     /// Chooses tokens and reports logprobs; leaves `logits` unspecified.
     fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>>;
 
+    /// Whether ops are queued, so that the host has time while the device computes: [`sample_and`](Self::sample_and) makes use of it.
+    fn runs_behind(&self) -> bool {
+        false
+    }
+
+    /// [`sample`](Self::sample), and `meanwhile` once: when all is queued and nothing has been waited for.
+    fn sample_and(
+        &mut self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<RowSample>> {
+        meanwhile();
+        self.sample(logits, rows)
+    }
+
     /// Copies the first `rows` rows of an fp32 tensor to the host: digests, tests, audits.
     fn read_f32(&mut self, x: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
 

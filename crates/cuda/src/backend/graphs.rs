@@ -21,6 +21,12 @@ pub(super) fn bucket(rows: usize) -> Option<usize> {
     Some(rows.next_multiple_of(step).max(1))
 }
 
+/// The sizes that steps of up to `most` rows are padded to.
+pub(super) fn buckets(most: usize) -> impl Iterator<Item = usize> {
+    let next = move |rows: &usize| bucket(rows + 1).filter(|next| *next <= most);
+    std::iter::successors(Some(1).filter(|_| most > 0), next)
+}
+
 /// What a captured launch sequence has baked in beside addresses: its grids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct GraphKey {
@@ -36,7 +42,7 @@ pub(super) struct Graphs {
     captured: HashMap<GraphKey, State>,
 }
 
-/// How far a key has come.
+/// How far a key has come that was not captured at the start.
 pub(super) enum State {
     /// Run once, launch by launch: what it needs is loaded.
     Seen,
@@ -74,5 +80,9 @@ mod tests {
         }
         assert_eq!(bucket(MOST_ROWS + 1), None);
         assert_eq!([8, 9, 33, 65, 250].map(bucket), [8, 16, 40, 80, 256].map(Some));
+        let all: Vec<usize> = (1..=256).filter(|rows| bucket(*rows) == Some(*rows)).collect();
+        assert_eq!(buckets(256).collect::<Vec<_>>(), all);
+        assert_eq!(buckets(MOST_ROWS).last(), Some(MOST_ROWS));
+        assert_eq!(buckets(0).count(), 0);
     }
 }

@@ -3,15 +3,19 @@
 
 use std::cell::Cell;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bitfast_ops::{
     AttnDesc, Backend, BackendError, BatchInputs, Capabilities, Class, Dtype, HostTensor, KvLayout,
-    LinearDesc, LinearKind, NormDesc, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow, StepKey,
+    LinearDesc, LinearKind, NormDesc, OpObserver, QkvPrepDesc, Result, RopeTable, RowSample, SampleRow,
+    StepKey,
 };
 
+mod ahead;
 mod graphs;
 mod kernels;
 mod memory;
+mod profile;
 mod step;
 
 pub use memory::{Kv, Param, Tensor, Weight};
@@ -26,16 +30,12 @@ use crate::unconstrained::{self, Choice, CublasLt};
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
+use profile::Profile;
 use step::{Limits, Splits, Step};
 
 /// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
 /// steps, partial results of attention.
 const OWN_BYTES: u64 = 1 << 30;
-/// Every tile choice of a linear changes at a multiple of this many rows, above the small ones.
-const PLAN_ROWS: usize = 128;
-/// Row counts at which the choice for few rows changes.
-const FEW_ROWS: [usize; 7] = [1, 9, 17, 33, 49, 65, 97];
-
 /// Measured where steps are captured (their sizes are few) and a little beyond.
 const CUBLASLT_CHOICE: Choice = Choice::Fastest { of: 4, rows: 512 };
 
@@ -93,12 +93,29 @@ pub struct CudaBackend {
     graphs: Option<Graphs>,
     /// Shapes of attention that the model has, in the order of their first use.
     heads: Vec<AttentionSpec>,
-    /// Gate and up rows before they are multiplied, as large as the largest step needed.
+    /// Gate and up rows before they are multiplied, as large as the largest step needed; only where no linear multiplies them itself.
     gate_up: Option<Buffer>,
+    /// The last batch, until [`Backend::prepare`]: the first step finds out what it needs.
+    unprepared: Option<BatchInputs>,
+    profile: Option<Profile>,
+    /// What was asked for at the load.
+    loaded: Loaded,
+}
+
+/// Sizes of what a model was given.
+struct Loaded {
     /// Most rows of an activation buffer.
     most_rows: Cell<usize>,
     /// Fewest rows of a buffer for logits.
     logit_rows: Cell<usize>,
+    /// Its columns.
+    vocab: Cell<usize>,
+    /// Most outputs of a layer of gate and up rows whose product is another launch.
+    gate_up: Cell<usize>,
+    /// Rows of the longest rotation table.
+    positions: Cell<usize>,
+    /// Tokens that the cache holds.
+    kv_tokens: Cell<usize>,
 }
 
 impl CudaBackend {
@@ -128,8 +145,16 @@ impl CudaBackend {
             graphs: options.graphs.then(Graphs::default),
             heads: Vec::new(),
             gate_up: None,
-            most_rows: Cell::new(0),
-            logit_rows: Cell::new(usize::MAX),
+            unprepared: Some(BatchInputs::default()),
+            profile: None,
+            loaded: Loaded {
+                most_rows: Cell::new(0),
+                logit_rows: Cell::new(usize::MAX),
+                vocab: Cell::new(0),
+                gate_up: Cell::new(0),
+                positions: Cell::new(0),
+                kv_tokens: Cell::new(0),
+            },
             device,
             stream,
         })
@@ -154,14 +179,16 @@ impl CudaBackend {
         Ok(buffer)
     }
 
-    fn upload_step(&mut self) -> Result<()> {
+    fn upload_step(&mut self, batch: &BatchInputs) -> Result<()> {
         let splits = match self.orders {
             Orders::Law => Splits::Law,
             // Two blocks share a multiprocessor.
             Orders::Unconstrained(_) => Splits::ByOccupancy { places: 2 * self.device.sms() },
         };
-        let limits = Limits { graphs: self.graphs.is_some(), logit_rows: self.logit_rows.get(), splits };
-        let changed = self.step.upload(&self.stream, &self.heads, limits).map_err(failed(&self.name))?;
+        let limits =
+            Limits { graphs: self.graphs.is_some(), logit_rows: self.loaded.logit_rows.get(), splits };
+        let changed =
+            self.step.upload(&self.stream, batch, &self.heads, limits).map_err(failed(&self.name))?;
         if let (true, Some(graphs)) = (changed, &mut self.graphs) {
             graphs.clear();
         }
@@ -192,11 +219,12 @@ impl CudaBackend {
         })
     }
 
-    /// Every kernel that steps of up to `most_rows` rows need is met by a run at one of these row counts.
-    fn telling_rows(&self) -> Vec<usize> {
-        let most = self.most_rows.get();
-        let few = FEW_ROWS.into_iter().filter(|rows| *rows <= most);
-        few.chain((PLAN_ROWS + 1..=most).step_by(PLAN_ROWS)).chain([most]).collect()
+    fn mark(&mut self, op: std::fmt::Arguments<'_>) {
+        if let Some(profile) = &mut self.profile
+            && self.kernels.phase == Phase::Run
+        {
+            profile.mark(&self.stream, op);
+        }
     }
 }
 
@@ -241,7 +269,14 @@ impl Backend for CudaBackend {
 
     fn weight(&self, desc: &LinearDesc, data: HostTensor<'_>) -> Result<Weight> {
         assert_eq!(data.dims2(), (desc.n, desc.k), "{}", desc.name);
-        let spec = LinearSpec::new(desc.kind, desc.n, desc.k);
+        let plain = LinearSpec::new(desc.kind, desc.n, desc.k);
+        let spec = match (desc.kind, &self.orders) {
+            (LinearKind::GateUp, Orders::Law) => plain.fused().unwrap_or(plain),
+            _ => plain,
+        };
+        if (desc.kind, spec.output) == (LinearKind::GateUp, Output::Bf16) {
+            self.loaded.gate_up.set(self.loaded.gate_up.get().max(desc.n));
+        }
         Ok(Weight { desc: desc.clone(), spec, data: self.upload(&desc.name, bytes_of(&data.data))? })
     }
 
@@ -252,20 +287,25 @@ impl Backend for CudaBackend {
     fn rope(&self, table: &RopeTable) -> Result<Param> {
         let upload = |data| self.upload("rotation table", bytes_of_f32(data));
         let positions = table.cos.len() / (table.rot_dim / 2);
+        self.loaded.positions.set(self.loaded.positions.get().max(positions));
         let (cos, sin) = (upload(&table.cos)?, upload(&table.sin)?);
         Ok(Param(ParamData::Rope(Rope { rot_dim: table.rot_dim, positions, cos, sin })))
     }
 
     fn tensor(&self, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Tensor> {
         let padded = padded_rows(rows, dtype);
-        let (size, seen) = match dtype {
-            Dtype::Bf16 => (2, &self.most_rows),
-            Dtype::F32 => (4, &self.logit_rows),
+        let Loaded { most_rows, logit_rows, vocab, .. } = &self.loaded;
+        let size = match dtype {
+            Dtype::Bf16 => {
+                most_rows.set(most_rows.get().max(rows));
+                2
+            }
+            Dtype::F32 => {
+                logit_rows.set(logit_rows.get().min(padded));
+                vocab.set(vocab.get().max(cols));
+                4
+            }
         };
-        seen.set(match dtype {
-            Dtype::Bf16 => seen.get().max(rows),
-            Dtype::F32 => seen.get().min(padded),
-        });
         let data = self.alloc(name, padded * cols * size)?;
         // Rows of padding are read by kernels that drop what they make of them.
         data.fill(&self.stream, 0).map_err(failed(&self.name))?;
@@ -277,6 +317,7 @@ impl Backend for CudaBackend {
     }
 
     fn kv(&self, layout: &KvLayout, num_blocks: usize) -> Result<Kv> {
+        self.loaded.kv_tokens.set(num_blocks * BLOCK_TOKENS);
         let layers = kv_shapes(layout)?.into_iter().enumerate().map(|(i, shape)| {
             let what = format!("KV cache of layer {i}, {num_blocks} blocks");
             Ok((shape, self.alloc(&what, num_blocks * shape.block_bytes())?))
@@ -287,7 +328,7 @@ impl Backend for CudaBackend {
     fn free_bytes(&self) -> u64 {
         let Ok((free, total)) = self.device.bind().and_then(|()| self.device.memory()) else { return 0 };
         let allowed = (total as f64 * self.memory_utilization) as u64;
-        allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES)
+        allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES + self.later_bytes())
     }
 
     fn release(&mut self) {
@@ -301,31 +342,34 @@ impl Backend for CudaBackend {
 
     fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
         self.device.bind().map_err(failed(&self.name))?;
-        let logit_rows = self.logit_rows.get();
-        for phase in [Phase::Collect, Phase::Load] {
-            self.kernels.phase = phase;
-            for rows in self.telling_rows() {
-                self.step.pretend(rows, rows.min(logit_rows));
-                body(self)?;
-            }
-            if phase == Phase::Collect {
-                let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-                self.run(|be| be.kernels.compile(threads))?;
-            }
-        }
-        self.kernels.phase = Phase::Run;
-        Ok(())
+        self.load_kernels(body)?;
+        self.unprepared = None;
+        self.capture_ahead(body)
+    }
+
+    fn set_observer(&mut self, observer: Option<Arc<dyn OpObserver>>) {
+        self.profile = observer.map(|observer| Profile::new(&self.device, observer, &self.name));
     }
 
     fn begin(&mut self, batch: &BatchInputs) -> Result<()> {
         self.device.bind().map_err(failed(&self.name))?;
-        self.step.batch.clone_from(batch);
-        self.upload_step()
+        if let Some(kept) = &mut self.unprepared {
+            kept.clone_from(batch);
+        }
+        if let Some(profile) = &mut self.profile {
+            profile.begin(&self.stream);
+        }
+        self.mark(format_args!("upload inputs"));
+        self.upload_step(batch)
     }
 
     fn replay(&mut self, key: StepKey, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
-        assert_eq!(key.rows, self.step.batch.num_tokens(), "the step of another batch");
-        let (Some(graphs), Some(key)) = (&mut self.graphs, self.step.graph) else { return body(self) };
+        assert_eq!(key.rows, self.step.tokens, "the step of another batch");
+        let (Some(graphs), Some(key)) = (&self.graphs, self.step.graph) else { return body(self) };
+        if matches!(graphs.get(key), Some(State::Ready(_))) {
+            self.mark(format_args!("decode, captured for {} rows", key.rows));
+        }
+        let graphs = self.graphs.as_mut().expect("just seen");
         match graphs.get(key) {
             Some(State::Ready(graph)) => return self.stream.replay(graph).map_err(failed(&self.name)),
             // Launch by launch the first time, so that whatever it needs is loaded before it is captured.
@@ -335,11 +379,7 @@ impl Backend for CudaBackend {
             }
             Some(State::Seen) => {}
         }
-        self.run(|be| be.stream.begin_capture())?;
-        let ran = body(self);
-        let graph = self.stream.end_capture();
-        ran?;
-        let graph = graph.map_err(failed(&self.name))?;
+        let graph = self.capture(body)?;
         self.stream.replay(&graph).map_err(failed(&self.name))?;
         if let Some(graphs) = &mut self.graphs {
             graphs.set(key, State::Ready(graph));
@@ -350,6 +390,7 @@ impl Backend for CudaBackend {
     fn embed(&mut self, table: &Weight, out: &mut Tensor) -> Result<()> {
         assert_ne!(table.desc.kind, LinearKind::GateUp, "{} is no embedding table", table.desc.name);
         assert_eq!(out.cols, table.spec.k, "embeddings of {}", table.desc.name);
+        self.mark(format_args!("embed"));
         self.run(|be| {
             let Some(gather) = be.kernels.gather(out.cols)? else { return Ok(()) };
             let ids = &be.step.inputs().token_ids;
@@ -359,6 +400,7 @@ impl Backend for CudaBackend {
     }
 
     fn rms_norm(&mut self, x: &Tensor, w: &Param, desc: NormDesc, out: &mut Tensor) -> Result<()> {
+        self.mark(format_args!("rms_norm"));
         self.run(|be| {
             let Some(norm) = be.kernels.norm(x.cols, desc)? else { return Ok(()) };
             let rows = be.step.rows;
@@ -374,6 +416,7 @@ impl Backend for CudaBackend {
         desc: NormDesc,
         out: &mut Tensor,
     ) -> Result<()> {
+        self.mark(format_args!("add_rms_norm"));
         self.run(|be| {
             let Some(norm) = be.kernels.norm(delta.cols, desc)? else { return Ok(()) };
             let (rows, overlap) = (be.step.rows, Overlap::WithPrevious);
@@ -386,12 +429,17 @@ impl Backend for CudaBackend {
         let kind = w.desc.kind;
         assert!(matches!(kind, LinearKind::Column | LinearKind::Row), "{} is {kind:?}", w.desc.name);
         assert_eq!(out.cols, w.spec.n, "output of {}", w.desc.name);
+        self.mark(format_args!("linear {}", w.desc.name));
         self.multiply(w, x, &out.data, self.step.rows)
     }
 
     fn gate_up(&mut self, w: &Weight, x: &Tensor, out: &mut Tensor) -> Result<()> {
         assert_eq!(w.desc.kind, LinearKind::GateUp, "{}", w.desc.name);
         assert_eq!(2 * out.cols, w.spec.n, "output of {}", w.desc.name);
+        self.mark(format_args!("gate_up {}", w.desc.name));
+        if w.spec.output == Output::SiluMul {
+            return self.multiply(w, x, &out.data, self.step.rows);
+        }
         let bytes = x.rows * w.spec.n * 2;
         // Once, in the first run of a model; never while a step is captured.
         let both = match self.gate_up.take() {
@@ -422,6 +470,7 @@ impl Backend for CudaBackend {
         let rope = rope.rope();
         let attention = AttentionSpec { heads, kv_heads, head_dim };
         let spec = QkvPrepSpec { attention, rot_dim: rope.rot_dim, qk_norm };
+        self.mark(format_args!("qkv_prep layer {}", desc.layer));
         self.run(|be| {
             let Some(prep) = be.kernels.qkv_prep(spec)? else { return Ok(()) };
             let (step, inputs) = (&be.step, be.step.inputs());
@@ -452,16 +501,19 @@ impl Backend for CudaBackend {
             self.heads.push(spec);
             if self.kernels.phase == Phase::Run {
                 // The first step of a model that was not prepared; it is not being captured.
-                self.upload_step()?;
+                let batch = self.unprepared.take().expect("prepare meets every shape of attention");
+                self.upload_step(&batch)?;
+                self.unprepared = Some(batch);
             }
         }
+        self.mark(format_args!("attention layer {}", desc.layer));
         self.run(|be| {
             if be.kernels.phase != Phase::Run {
                 let few = match be.orders {
                     Orders::Law => Tiling::decode(&spec),
                     Orders::Unconstrained(_) => Tiling::unconstrained(&spec),
                 };
-                for tiling in [few, Tiling::prefill(&spec)] {
+                for tiling in [few, Tiling::decode_whole(&spec), Tiling::prefill(&spec)] {
                     be.kernels.attention(spec, tiling)?;
                 }
                 return Ok(());
@@ -476,6 +528,7 @@ impl Backend for CudaBackend {
     }
 
     fn select_logit_rows(&mut self, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.mark(format_args!("select_logit_rows"));
         self.run(|be| {
             let Some(gather) = be.kernels.gather(x.cols)? else { return Ok(()) };
             let (rows, index) = (be.step.logit_rows, &be.step.inputs().logit_rows);
@@ -489,15 +542,38 @@ impl Backend for CudaBackend {
         if self.kernels.phase != Phase::Run {
             self.run(|be| be.kernels.sampler(out.cols, out.rows).map(drop))?;
         }
+        self.mark(format_args!("logits {}", w.desc.name));
         self.multiply(w, x, &out.data, self.step.logit_rows)
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<RowSample>> {
-        let Self { stream, kernels, name, .. } = self;
-        let sampled = kernels.sampler(logits.cols, logits.rows.max(rows.len())).and_then(|sampler| {
-            sampler.expect("a step is run, not prepared").run(stream, &logits.data, rows)
-        });
-        sampled.map_err(failed(name))
+        self.sample_and(logits, rows, &mut || ())
+    }
+
+    fn runs_behind(&self) -> bool {
+        true
+    }
+
+    fn sample_and(
+        &mut self,
+        logits: &mut Tensor,
+        rows: &[SampleRow<'_>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<RowSample>> {
+        self.mark(format_args!("sample"));
+        let Self { stream, kernels, name, profile, .. } = self;
+        let sampler = kernels.sampler(logits.cols, logits.rows.max(rows.len())).map_err(failed(name))?;
+        let sampler = sampler.expect("a step is run, not prepared");
+        sampler.enqueue(stream, &logits.data, rows).map_err(failed(name))?;
+        if let Some(profile) = profile {
+            profile.end(stream);
+        }
+        meanwhile();
+        let samples = sampler.collect(stream).map_err(failed(name))?;
+        if let Some(profile) = profile {
+            profile.report();
+        }
+        Ok(samples)
     }
 
     fn read_f32(&mut self, x: &Tensor, rows: usize) -> Result<Vec<f32>> {

@@ -1,6 +1,7 @@
 //! The inputs of a step on the device: one block of words, uploaded by one copy, whose layout follows from its counts alone, so
 //! that a captured sequence of launches finds the next step's inputs where it found the last one's.
 
+use bitfast_ops::contract::ATTN_SPLIT_KEYS;
 use bitfast_ops::{BatchInputs, SeqInput};
 
 use super::graphs::{GraphKey, bucket};
@@ -19,8 +20,8 @@ const SPLIT_ROWS: usize = 32;
 /// The current batch, here and on the device.
 pub(super) struct Step {
     device: Device,
-    /// As it was given.
-    pub batch: BatchInputs,
+    /// Rows of the batch as it was given.
+    pub tokens: usize,
     /// Rows to compute, padding among them.
     pub rows: usize,
     /// Rows of logits, padding among them.
@@ -69,6 +70,50 @@ pub(super) struct Limits {
     pub splits: Splits,
 }
 
+/// What steps may be at most.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    /// Rows.
+    pub rows: usize,
+    /// Sequences.
+    pub seqs: usize,
+    /// Tokens of a sequence.
+    pub positions: usize,
+    /// Bytes of partial results.
+    pub partial_bytes: usize,
+}
+
+/// A step of `rows` sequences that decode without a slot to store to, to capture it: the first one's token is at position `longest`, the
+/// others' at 0.
+pub(super) fn nobodys(rows: usize, longest: usize) -> BatchInputs {
+    let seq = |row: usize| {
+        let context = if row == 0 { longest } else { 0 };
+        SeqInput {
+            first_row: row as u32,
+            num_rows: 1,
+            context_len: context as u32,
+            block_table: vec![0; context / BLOCK_TOKENS + 1],
+            state_slot: 0,
+        }
+    };
+    BatchInputs {
+        token_ids: vec![0; rows],
+        positions: vec![0; rows],
+        slots: vec![NOBODY; rows],
+        seqs: (0..rows).map(seq).collect(),
+        logit_rows: (0..rows as u32).collect(),
+    }
+}
+
+/// Most bytes of partial results that decode steps of `seqs` sequences with `kv_tokens` tokens in all have: a split more for each sequence than
+/// its tokens fill. Sequences that share a prefix may have more; for them room is made when they come.
+pub(super) fn partial_bytes(spec: &AttentionSpec, seqs: usize, kv_tokens: usize) -> usize {
+    let tiling = Tiling::decode(spec);
+    let items = spec.group().div_ceil(tiling.rows());
+    let splits = (items * (kv_tokens / ATTN_SPLIT_KEYS + seqs)).min(MOST_PARTIALS);
+    splits * tiling.partial_bytes(spec)
+}
+
 /// Who says where the splits of few rows' attention end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Splits {
@@ -113,7 +158,7 @@ impl Step {
         arrived.fill(stream, 0)?;
         Ok(Self {
             device: device.clone(),
-            batch: BatchInputs::default(),
+            tokens: 0,
             rows: 0,
             logit_rows: 0,
             graph: None,
@@ -138,45 +183,62 @@ impl Step {
         self.inputs.as_ref().expect("an op without a batch: call begin first")
     }
 
-    /// Lays the batch out and uploads it; `specs` are the shapes of attention that will be asked for. True if an address has changed that
+    /// Makes room for every step within `most`, so that no address changes later.
+    pub fn make_room(&mut self, stream: &Stream, most: Most) -> Result<()> {
+        let Most { rows, seqs, positions, partial_bytes } = most;
+        let tables = seqs * positions.div_ceil(BLOCK_TOKENS);
+        // An item for each row at most, in either launch.
+        let layout = Layout::new(rows, seqs.max(1), seqs + 1, 8 * rows, tables);
+        self.grow(stream, layout.end, partial_bytes, 0).map(drop)
+    }
+
+    /// Lays `batch` out and uploads it; `specs` are the shapes of attention that will be asked for. True if an address has changed that
     /// captured launches hold.
-    pub fn upload(&mut self, stream: &Stream, specs: &[AttentionSpec], limits: Limits) -> Result<bool> {
-        let seqs = &self.batch.seqs;
+    pub fn upload(
+        &mut self,
+        stream: &Stream,
+        batch: &BatchInputs,
+        specs: &[AttentionSpec],
+        limits: Limits,
+    ) -> Result<bool> {
+        let seqs = &batch.seqs;
         let decode_only = seqs.iter().all(|s| s.num_rows == 1);
-        let rows = self.batch.num_tokens();
+        let rows = batch.num_tokens();
         let padded = bucket(rows).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows);
         let sequences = Sequences::new(seqs);
         let plans: Vec<Items> =
             specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded, limits.splits)).collect();
+        self.tokens = rows;
         self.rows = padded.unwrap_or(rows);
-        self.logit_rows = padded.unwrap_or(self.batch.logit_rows.len());
+        self.logit_rows = padded.unwrap_or(batch.logit_rows.len());
         self.graph = padded.map(|rows| {
             let splits = plans.iter().map(|p| if p.extent.partials == 0 { 0 } else { p.extent.max_splits });
             GraphKey { rows, splits: splits.max().unwrap_or(0) }
         });
-        self.positions = self.batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
-        self.blocks = self.batch.slots.iter().max().map_or(0, |s| *s as usize / BLOCK_TOKENS + 1);
+        self.positions = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
+        let slots = batch.slots.iter().filter(|slot| **slot != NOBODY);
+        self.blocks = slots.max().map_or(0, |s| *s as usize / BLOCK_TOKENS + 1);
         let item_words = plans.iter().map(|p| p.words.len()).sum();
         let num_seqs = padded.map_or(seqs.len(), |p| p + 1);
         let layout = Layout::new(self.rows, self.logit_rows, num_seqs, item_words, sequences.tables.len());
-        let changed = self.reserve(stream, &layout, &plans)?;
-        self.write(&layout, &sequences, &plans);
-        // SAFETY: the words change in `write` only, which `reserve` lets wait for the copy.
+        let extents = || plans.iter().map(|p| p.extent);
+        let partials = extents().map(|e| e.partial_bytes()).max().unwrap_or(0);
+        let arrived = extents().map(|e| e.arrived_bytes()).max().unwrap_or(0);
+        let changed = self.grow(stream, layout.end, partials, arrived)?;
+        self.write(batch, &layout, &sequences, &plans);
+        // SAFETY: the words change in `write` only, which `grow` lets wait for the copy.
         unsafe { self.host.copy_to(stream, layout.end, &self.arena)? };
         stream.record(&self.copied)?;
         self.inputs = Some(self.parts(&layout, plans.iter().map(|p| p.extent)));
         Ok(changed)
     }
 
-    /// Waits for the last upload and sees to room for the next one.
-    fn reserve(&mut self, stream: &Stream, layout: &Layout, plans: &[Items]) -> Result<bool> {
+    /// Waits for the last upload and sees to room for the next one: so many words, bytes of partial results and of arrival counts.
+    fn grow(&mut self, stream: &Stream, words: usize, partials: usize, arrived: usize) -> Result<bool> {
         self.copied.synchronize()?;
-        let extents = || plans.iter().map(|p| p.extent);
-        let partials = extents().map(|e| e.partial_bytes()).max().unwrap_or(0);
-        let arrived = extents().map(|e| e.arrived_bytes()).max().unwrap_or(0);
         let mut changed = false;
-        if layout.end > self.host.len() {
-            let words = layout.end.next_power_of_two();
+        if words > self.host.len() {
+            let words = words.next_power_of_two();
             (self.host, self.arena) = (self.device.pinned(words)?, self.device.alloc(4 * words)?);
             changed = true;
         }
@@ -192,8 +254,8 @@ impl Step {
         Ok(changed)
     }
 
-    fn write(&mut self, layout: &Layout, sequences: &Sequences, plans: &[Items]) {
-        let Self { batch, rows, logit_rows, host, .. } = self;
+    fn write(&mut self, batch: &BatchInputs, layout: &Layout, sequences: &Sequences, plans: &[Items]) {
+        let Self { rows, logit_rows, host, .. } = self;
         let words = host.words_mut();
         let mut put = |from: usize, len: usize, data: &[u32], padding: u32| {
             let part = &mut words[from..from + len];
@@ -329,6 +391,19 @@ mod tests {
         let layout = Layout::new(16, 16, 17, 64, 99);
         assert_eq!((layout.seqs % 4, layout.items % 4), (0, 0));
         assert_eq!(layout.tables, Layout::new(16, 16, 17, 64, 3).tables);
+    }
+
+    #[test]
+    fn steps_of_nobody_have_every_shape_that_is_captured() {
+        for (rows, splits) in [(1, 1), (8, 2), (250, 16)] {
+            let batch = nobodys(rows, ATTN_SPLIT_KEYS * splits - 1);
+            let padded = bucket(rows);
+            let plans = plan(&SPEC, &batch.seqs, &Sequences::new(&batch.seqs), padded, Splits::Law);
+            let [plan] = &plans[..] else { panic!("{} launches", plans.len()) };
+            assert_eq!((plan.extent.max_splits, Some(plan.extent.items)), (splits, padded));
+            // As many as a batch of such contexts has, and one of the longest more than is planned for.
+            assert!(plan.extent.partial_bytes() <= partial_bytes(&SPEC, rows, ATTN_SPLIT_KEYS * splits));
+        }
     }
 
     #[test]

