@@ -1,4 +1,5 @@
-//! Speed of paged attention on a GPU: medians of graph replays over caches larger than L2. Bits are the twin tests' matter.
+//! Speed of paged attention on a GPU: medians of graph replays over caches larger than L2. Bits are the twin tests' matter. `splits`: decode in
+//! splits of any length, as the unconstrained mode may cut them, beside the contract's.
 
 use std::error::Error;
 
@@ -62,6 +63,17 @@ impl Bench {
         context: usize,
         rows: usize,
     ) -> Result<f64, Box<dyn Error>> {
+        self.time_cut(spec, tiling, None, [seqs, context, rows])
+    }
+
+    /// As [`time`](Self::time), in splits of `tiles` tiles where it is said.
+    fn time_cut(
+        &self,
+        spec: AttentionSpec,
+        tiling: Tiling,
+        tiles: Option<usize>,
+        [seqs, context, rows]: [usize; 3],
+    ) -> Result<f64, Box<dyn Error>> {
         let attention = Attention::new(&self.device, &self.jit, spec, tiling)?;
         let per_seq = (context + rows).div_ceil(BLOCK_TOKENS);
         let available = KV_BYTES / block_bytes(&spec);
@@ -80,7 +92,11 @@ impl Bench {
                     state_slot: 0,
                 })
                 .collect();
-            let work = attention.work(&inputs, &(0..seqs).collect::<Vec<_>>());
+            let chosen: Vec<usize> = (0..seqs).collect();
+            let work = match tiles {
+                None => attention.work(&inputs, &chosen),
+                Some(tiles) => attention.work_in_splits(&inputs, &chosen, tiles),
+            };
             calls.push(AttentionBatch::new(&self.device, &self.stream, work)?);
         }
         let launches = 2 * batches;
@@ -123,6 +139,37 @@ fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
     vec![Tiling::prefill(spec), with(8, 8, Share::Paired), with(8, 4, Share::Whole)]
 }
 
+fn splits(bench: &Bench) -> Result<(), Box<dyn Error>> {
+    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
+        for (seqs, context) in [
+            (1, 512),
+            (1, 1024),
+            (1, 4096),
+            (1, 8192),
+            (1, 32768),
+            (2, 8192),
+            (4, 1024),
+            (4, 8192),
+            (8, 1024),
+            (8, 8192),
+            (16, 1024),
+            (16, 8192),
+            (32, 1024),
+            (64, 1024),
+        ] {
+            let batch = [seqs, context - 1, 1];
+            let law = bench.time(spec, Tiling::decode(&spec), seqs, context - 1, 1)?;
+            print!("{name} {seqs:>3} x {context:<5}  law {law:6.2} us; splits of");
+            for tiles in [1, 2, 4, 8, 16, 32, 64, 128].into_iter().filter(|t| *t <= context / 64) {
+                let us = bench.time_cut(spec, Tiling::unconstrained(&spec), Some(tiles), batch)?;
+                print!("  {tiles}: {us:.2}");
+            }
+            println!();
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     // Before the card is opened: without one this fills the kernel cache.
     let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
@@ -138,6 +185,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     let bench = Bench::new(jit)?;
     println!("{}, NVRTC {:?}", bench.device.name(), bench.jit.version());
+    if std::env::args().any(|arg| arg == "splits") {
+        return splits(&bench);
+    }
     println!("decode");
     for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
         for (seqs, context) in

@@ -67,8 +67,8 @@ fn it_says_what_the_law_says() {
     }
 }
 
-/// Alone twice a request has the same bits, in a batch it has others, and the harness sees both.
-fn is_caught(name: &str, config: &ModelConfig, source: &dyn WeightSource) {
+/// How many of 32 requests have other bits in a batch than alone; alone twice they have the same.
+fn caught(name: &str, config: &ModelConfig, source: &dyn WeightSource) -> usize {
     let mut rng = Rng::new(6);
     let pool: Vec<Job> = prompts(&mut rng, config.vocab_size)
         .into_iter()
@@ -84,16 +84,20 @@ fn is_caught(name: &str, config: &ModelConfig, source: &dyn WeightSource) {
     let (ghosts, caught) = (differ(&again), differ(&together));
     println!("{name}: of {} requests {ghosts} differ alone, again; {caught} in a batch", pool.len());
     assert_eq!(ghosts, 0, "{name}: alone and alone again");
-    assert!(caught >= pool.len() / 2, "{name}: only {caught} of {} differ in a batch", pool.len());
+    caught
 }
 
+/// Tiny models have so few products that most of them have one order, whoever multiplies.
 #[test]
 #[ignore = "needs an H100 or H200 and cuBLASLt"]
 fn the_laws_tests_can_fail() {
-    for name in TINY_MODELS {
-        is_caught(name, &rig::tiny_config(name), &rig::tiny_source(name));
-    }
+    let tiny = TINY_MODELS.map(|name| caught(name, &rig::tiny_config(name), &rig::tiny_source(name)));
+    assert!(
+        tiny.iter().any(|caught| *caught >= 16),
+        "of 32 requests to {TINY_MODELS:?} only {tiny:?} differ"
+    );
     let name = "Qwen/Qwen3-0.6B";
     let config = ModelConfig::built_in(name).unwrap_or_else(|e| panic!("{e}"));
-    is_caught(name, &config, &DummySource::new(&config));
+    let caught = caught(name, &config, &DummySource::new(&config));
+    assert!(caught >= 16, "of 32 requests to {name} only {caught} differ");
 }

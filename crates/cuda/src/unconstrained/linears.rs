@@ -10,8 +10,13 @@ use crate::{CudaError, Result};
 const WORKSPACE: usize = 32 << 20;
 /// More than the second-level cache of an H100 holds, bytes.
 const COLD: usize = 64 << 20;
-/// Timed launches of a candidate; the fastest counts.
+/// Timed launches of a candidate, in turns; the fastest counts.
 const ROUNDS: usize = 4;
+/// A candidate must need less than this part of the first one's time to be taken instead: a few launches tell no smaller difference.
+const CLEARLY: f32 = 0.97;
+
+/// Rows of steps that a token budget fills are multiples of this.
+pub const FULL_STEP: usize = 1024;
 
 /// `CUDA_R_32F`, `CUDA_R_16BF`.
 const TYPE_F32: c_int = 0;
@@ -22,12 +27,12 @@ const TYPE_BF16: c_int = 14;
 pub enum Choice {
     /// The one they expect to be the fastest.
     First,
-    /// The fastest of the first `of`, by a measurement with cold caches when the shape is met first; for more than `rows` rows, where that would
-    /// cost more than it gains and hardly any shape comes twice, the first.
+    /// The fastest of the first `of`, by a measurement with cold caches when a shape is met first. Beyond `rows` rows only shapes of whole
+    /// [`FULL_STEP`]s are measured, and the others have the first: it costs more there than it gains, and hardly any comes twice.
     Fastest {
         /// Candidates.
         of: usize,
-        /// Most rows that are measured.
+        /// Most rows that are measured whatever they are.
         rows: usize,
     },
 }
@@ -153,7 +158,9 @@ impl Linears {
     fn plan(&self, stream: &Stream, shape: Shape, operands: Operands) -> Result<Plan> {
         let layouts = self.layouts(shape)?;
         let wanted = match self.choice {
-            Choice::Fastest { of, rows } if shape.rows <= rows => of.max(1),
+            Choice::Fastest { of, rows } if shape.rows <= rows || shape.rows.is_multiple_of(FULL_STEP) => {
+                of.max(1)
+            }
             Choice::First | Choice::Fastest { .. } => 1,
         };
         let candidates = self.candidates(&layouts, wanted)?;
@@ -165,14 +172,7 @@ impl Linears {
         let algorithm = match &candidates[..] {
             [] => return Err(none()),
             [only] => only.algorithm,
-            several => {
-                let mut timed = Vec::new();
-                for candidate in several {
-                    timed.push((self.time(stream, &layouts, &candidate.algorithm, operands)?, candidate));
-                }
-                let fastest = timed.iter().min_by(|a, b| a.0.total_cmp(&b.0));
-                fastest.expect("several").1.algorithm
-            }
+            several => self.fastest(stream, &layouts, several, operands)?,
         };
         Ok(Plan { layouts, algorithm })
     }
@@ -219,24 +219,37 @@ impl Linears {
         Ok(found)
     }
 
-    /// Milliseconds of one launch, the caches cold; infinite for an algorithm that refuses.
-    fn time(&self, stream: &Stream, layouts: &Layouts, algorithm: &[u64; 8], to: Operands) -> Result<f32> {
-        // Loads it.
-        if self.launch(stream, layouts, algorithm, to).is_err() {
-            return Ok(f32::INFINITY);
-        }
+    /// The algorithm that is clearly faster than the first, if there is one, the caches cold; those that refuse are out.
+    fn fastest(
+        &self,
+        stream: &Stream,
+        layouts: &Layouts,
+        candidates: &[CublasLtChoice],
+        to: Operands,
+    ) -> Result<[u64; 8]> {
         let (start, end) = (self.lt.device().event()?, self.lt.device().event()?);
-        let mut fastest = f32::INFINITY;
+        // The launches that are not timed load the kernels.
+        let works = |c: &&CublasLtChoice| self.launch(stream, layouts, &c.algorithm, to).is_ok();
+        let candidates: Vec<_> = candidates.iter().filter(works).collect();
+        let mut times = vec![f32::INFINITY; candidates.len()];
         for _ in 0..ROUNDS {
-            if let Some(cold) = &self.cold {
-                cold.fill(stream, 0)?;
+            for (candidate, time) in candidates.iter().zip(&mut times) {
+                if let Some(cold) = &self.cold {
+                    cold.fill(stream, 0)?;
+                }
+                stream.record(&start)?;
+                self.launch(stream, layouts, &candidate.algorithm, to)?;
+                stream.record(&end)?;
+                *time = time.min(start.elapsed_ms(&end)?);
             }
-            stream.record(&start)?;
-            self.launch(stream, layouts, algorithm, to)?;
-            stream.record(&end)?;
-            fastest = fastest.min(start.elapsed_ms(&end)?);
         }
-        Ok(fastest)
+        let fastest = times.iter().copied().enumerate().min_by(|a, b| a.1.total_cmp(&b.1));
+        let chosen = fastest.filter(|(_, time)| *time < CLEARLY * times[0]).map_or(0, |(i, _)| i);
+        candidates.get(chosen).map(|c| c.algorithm).ok_or_else(|| CudaError::Call {
+            call: "cublasLtMatmul",
+            name: "no algorithm works".to_owned(),
+            message: "all that the heuristics proposed were refused".to_owned(),
+        })
     }
 
     fn launch(&self, stream: &Stream, layouts: &Layouts, algorithm: &[u64; 8], to: Operands) -> Result<()> {

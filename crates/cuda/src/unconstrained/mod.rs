@@ -7,6 +7,6 @@ mod linears;
 mod splits;
 
 pub use library::CublasLt;
-pub use linears::{Choice, Linears};
+pub use linears::{Choice, FULL_STEP, Linears};
 
 pub(crate) use splits::split_tiles;
