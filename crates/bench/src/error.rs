@@ -51,6 +51,14 @@ pub enum Error {
     /// What was asked for cannot be measured here.
     #[error("{0}")]
     Cannot(String),
+    /// Something failed in the middle of a longer run.
+    #[error("{what}: {error}")]
+    During {
+        /// What was going on.
+        what: &'static str,
+        /// What failed.
+        error: Box<Error>,
+    },
     /// Ctrl-C.
     #[error("interrupted")]
     Interrupted,
@@ -91,6 +99,7 @@ impl Error {
         match self {
             Self::Setting { .. } | Self::File { .. } => true,
             Self::Engine(e) => e.is_user_error(),
+            Self::During { error, .. } => error.is_user_error(),
             _ => false,
         }
     }
@@ -100,6 +109,7 @@ impl Error {
         match self {
             Self::Interrupted => true,
             Self::AndAsleep { first, .. } => first.is_interrupt(),
+            Self::During { error, .. } => error.is_interrupt(),
             _ => false,
         }
     }
@@ -108,6 +118,7 @@ impl Error {
     pub fn status(&self) -> Option<u16> {
         match self {
             Self::Status { status, .. } => Some(*status),
+            Self::During { error, .. } => error.status(),
             _ => None,
         }
     }

@@ -1,23 +1,24 @@
-//! The server under check: what it can do, and ways to ask it alone and in crowds.
+//! The server under check: what it can do, and how it is asked alone.
 
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
 
-use crate::client::{Answer, Ask, Asked, Client, Prompt};
+use super::crowd::ask_for;
+use crate::client::{Answer, Ask, Asked, Client, Prompt, TokenLogprob};
 use crate::error::{Error, Result};
-use crate::iterations::{Control, Dialect, LastSteps, Sleeper, served_model};
+use crate::iterations::{Control, Dialect, LastSteps, Sleeper, metric, served_model};
 use crate::random::Random;
 
 /// How prompts are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     /// English words.
     Text,
-    /// Ids below this number, for servers without a tokenizer.
-    Tokens(u32),
+    /// Ids that every vocabulary has, for servers without a tokenizer.
+    Tokens,
 }
 
 /// One prompt.
@@ -38,24 +39,60 @@ impl From<One> for Prompt {
     }
 }
 
+/// What a server takes and tells, found out by asking.
+#[derive(Clone, Debug)]
+pub struct Abilities {
+    pub kind: Kind,
+    /// Takes `ignore_eos`.
+    pub ignore_eos: bool,
+    /// Takes `return_token_ids`, and tells them.
+    pub token_ids: bool,
+    /// Takes this value of `logprobs`, and tells them.
+    pub logprobs: Option<u32>,
+    /// Takes several prompts in one request.
+    pub lists: bool,
+    pub streams: bool,
+    /// Why it takes no `seed`; `None` where it does.
+    pub no_seed: Option<String>,
+}
+
+/// How cached prefixes are forgotten.
+enum Reset {
+    Bitfast,
+    /// POST there.
+    Route(&'static str),
+    /// Not at all, but requests with a `cache_salt` of their own find nothing.
+    Salt,
+    Never,
+}
+
+/// Whether a prompt has to be computed anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fresh {
+    /// The cache was reset.
+    Reset,
+    /// Its `cache_salt` is new.
+    Salted,
+    /// It may be in the cache.
+    Unknown,
+}
+
 /// A server under check.
 pub struct Probe {
     pub client: Client,
-    model: String,
-    kind: Kind,
+    pub model: String,
+    pub can: Abilities,
     seed: u64,
+    /// Of this run: prompts that no earlier run has left in a cache.
+    pub run: u64,
     /// Of a prompt's text, rounded up.
     tokens_per_word: usize,
-    /// Takes `ignore_eos` and `return_token_ids`.
-    extras: bool,
-    /// Tells the tokens of its answers.
-    tells_ids: bool,
-    /// Reports log probabilities.
-    pub logprobs: bool,
-    /// Takes several prompts in one request.
-    pub lists: bool,
-    control: Option<Control>,
-    sleeper: Sleeper,
+    reset: Reset,
+    pub(super) control: Option<Control>,
+    pub(super) sleeper: Sleeper,
+    pub(super) last_steps: Mutex<LastSteps>,
+    /// The server was paused and did not report what queued.
+    pub(super) queue_is_hidden: AtomicBool,
     /// Most tokens of a step, where told.
     pub step_budget: Option<usize>,
     /// Most tokens of prompt and answer, where told.
@@ -75,8 +112,12 @@ const WORDS: &[&str] = &[
 
 /// Ids that every vocabulary has.
 const SMALL_VOCAB: u32 = 250;
-/// Longest wait for a queue; the batch is then let go as it is.
-const QUEUE_WAIT: Duration = Duration::from_secs(5);
+/// Candidates whose log probabilities are asked for: the most of OpenAI's API, else the least.
+const LOGPROBS: [u32; 2] = [5, 1];
+/// Words of the prompts that abilities are asked with.
+const SMALL: usize = 6;
+/// Tokens of a prompt that is surely worth a cache's block.
+const SALTED: usize = 100;
 
 impl Probe {
     /// Finds out what the server can do.
@@ -85,34 +126,46 @@ impl Probe {
             Some(model) => model.to_string(),
             None => served_model(&client).await?,
         };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut probe = Self {
             client,
             model,
-            kind: Kind::Text,
+            can: Abilities {
+                kind: Kind::Text,
+                ignore_eos: false,
+                token_ids: false,
+                logprobs: None,
+                lists: false,
+                streams: false,
+                no_seed: None,
+            },
             seed,
+            run: since.as_nanos() as u64,
             tokens_per_word: 1,
-            extras: true,
-            tells_ids: false,
-            logprobs: true,
-            lists: true,
+            reset: Reset::Never,
             control: None,
             sleeper,
+            last_steps: Mutex::default(),
+            queue_is_hidden: AtomicBool::new(false),
             step_budget: None,
             max_len: None,
             fingerprint: None,
         };
-        probe.find_extras().await?;
+        probe.find_control().await?;
         probe.find_abilities().await?;
+        probe.find_reset().await?;
+        probe.new_steps().await?;
         Ok(probe)
     }
 
-    async fn find_extras(&mut self) -> Result {
+    async fn find_control(&mut self) -> Result {
         if let Ok((control, config, _)) = Control::detect(self.client.clone()).await
             && control.dialect == Dialect::Bitfast
         {
             let size = |name: &str| config.all[name].as_u64().map(|n| n as usize);
             self.step_budget = size("max_num_batched_tokens");
             self.max_len = size("max_model_len");
+            self.fingerprint = config.fingerprint;
             self.control = Some(control);
         }
         if self.max_len.is_none()
@@ -124,41 +177,92 @@ impl Probe {
         Ok(())
     }
 
+    /// Adds one parameter after the other: strict servers refuse those that they do not know.
     async fn find_abilities(&mut self) -> Result {
-        let mut last = None;
-        for (kind, extras) in [
-            (Kind::Text, true),
-            (Kind::Tokens(SMALL_VOCAB), true),
-            (Kind::Text, false),
-            (Kind::Tokens(SMALL_VOCAB), false),
-        ] {
-            (self.kind, self.extras) = (kind, extras);
-            match self.client.complete(&self.ask(self.prompt(6, 0), 2)).await {
-                Ok(asked) => {
-                    self.logprobs = asked.one()?.logprobs.as_ref().is_some_and(|l| !l.is_empty());
-                    self.tells_ids = asked.one()?.token_ids.is_some();
-                    self.tokens_per_word = match (kind, asked.usage) {
-                        (Kind::Text, Some(usage)) => usage.prompt_tokens.div_ceil(6).clamp(1, 64) as usize,
-                        _ => 1,
-                    };
-                    self.fingerprint = asked.fingerprint;
-                    last = None;
-                    break;
-                }
-                Err(error) if matches!(error.status(), Some(400 | 422)) => last = Some(error),
-                Err(error) => return Err(error),
+        let asked = match self.taken(&self.small()).await? {
+            Ok(asked) => asked,
+            Err(refusal) => {
+                self.can.kind = Kind::Tokens;
+                self.taken(&self.small()).await?.map_err(|_| refusal)?
+            }
+        };
+        self.fingerprint = asked.fingerprint.clone().or(self.fingerprint.take());
+        if let (Kind::Text, Some(usage)) = (self.can.kind, asked.usage) {
+            self.tokens_per_word = usage.prompt_tokens.div_ceil(SMALL as u64).clamp(1, 64) as usize;
+        }
+        self.can.ignore_eos = self.taken(&self.small().with("ignore_eos", true)).await?.is_ok();
+        let ids = self.taken(&self.small().with("return_token_ids", true)).await?;
+        self.can.token_ids = ids.is_ok_and(|a| a.answers.iter().all(|a| a.token_ids.is_some()));
+        for count in LOGPROBS {
+            let told = |a: &Answer| a.logprobs.as_ref().is_some_and(|l| !l.is_empty());
+            let taken = self.taken(&self.small().with("logprobs", count)).await?;
+            if taken.is_ok_and(|a| a.answers.iter().all(told)) {
+                self.can.logprobs = Some(count);
+                break;
             }
         }
-        if let Some(error) = last {
-            return Err(error);
-        }
         let pair = self.list_ask(&[self.prompt(3, 1), self.prompt(4, 2)], 1);
-        self.lists = match self.client.complete(&pair).await {
-            Ok(asked) => asked.answers.len() == 2,
-            Err(error) if error.status().is_some_and(|s| s < 500) => false,
+        self.can.lists = self.taken(&pair).await?.is_ok_and(|asked| asked.answers.len() == 2);
+        self.can.streams = match self.client.stream_all(&self.small()).await {
+            Ok(_) => true,
+            Err(error) if is_refusal(&error) => false,
             Err(error) => return Err(error),
         };
+        let seeded = self.small().with("temperature", 1.0).with("seed", 7);
+        self.can.no_seed = self.taken(&seeded).await?.err().map(|e| e.to_string());
         Ok(())
+    }
+
+    async fn find_reset(&mut self) -> Result {
+        if self.control.is_some() {
+            self.reset = Reset::Bitfast;
+            return Ok(());
+        }
+        // vLLM's and SGLang's.
+        for route in ["/reset_prefix_cache", "/flush_cache"] {
+            if self.client.post(route, "").await?.status == 200 {
+                self.reset = Reset::Route(route);
+                return Ok(());
+            }
+        }
+        // Many servers take unknown parameters and heed none: the count of cached tokens tells.
+        let mut cached = Vec::new();
+        for salt in ["a", "a", "b"] {
+            let ask = self.ask(self.prompt(SALTED, self.run), 1);
+            match self.taken(&ask.with("cache_salt", format!("{}-{salt}", self.run))).await? {
+                Ok(asked) => cached.push(asked.usage.and_then(|u| u.cached_tokens()).unwrap_or(0)),
+                Err(_) => return Ok(()),
+            }
+        }
+        if cached[1] > 0 && cached[2] == 0 {
+            self.reset = Reset::Salt;
+        }
+        Ok(())
+    }
+
+    /// Asks from now on only for what another server can do too.
+    pub fn restrict(&mut self, other: &Abilities) {
+        let can = &mut self.can;
+        if can.kind != other.kind {
+            can.kind = Kind::Tokens;
+        }
+        can.ignore_eos &= other.ignore_eos;
+        can.token_ids &= other.token_ids;
+        can.logprobs = can.logprobs.min(other.logprobs);
+        can.no_seed = can.no_seed.take().or(other.no_seed.clone());
+    }
+
+    fn small(&self) -> Ask {
+        self.ask(self.prompt(SMALL, 0), 2)
+    }
+
+    /// The answer, or that the server does not take such a request.
+    pub async fn taken(&self, ask: &Ask) -> Result<Result<Asked>> {
+        match self.client.complete(ask).await {
+            Ok(asked) => Ok(Ok(asked)),
+            Err(error) if is_refusal(&error) => Ok(Err(error)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether batches are made by pausing the server.
@@ -169,33 +273,29 @@ impl Probe {
     /// A prompt of about so many tokens, and at most half of the context; `stream` tells prompts apart.
     pub fn prompt(&self, len: usize, stream: u64) -> One {
         let mut random = Random::new(self.seed, stream);
-        let len = len.min(self.max_len.map_or(usize::MAX, |limit| limit / 2)).max(1);
-        match self.kind {
+        let len = self.possible(len);
+        match self.can.kind {
             Kind::Text => {
                 let count = (len / self.tokens_per_word).max(1);
                 let words: Vec<&str> =
                     (0..count).map(|_| WORDS[random.below(WORDS.len() as u64) as usize]).collect();
                 One::Text(words.join(" "))
             }
-            Kind::Tokens(vocab) => {
-                One::Tokens((0..len).map(|_| random.below(u64::from(vocab)) as u32).collect())
-            }
+            Kind::Tokens => One::Tokens(ids(len, &mut random)),
         }
+    }
+
+    /// A prompt's length, as far as the context allows.
+    pub fn possible(&self, len: usize) -> usize {
+        len.min(self.max_len.map_or(usize::MAX, |limit| limit / 2)).max(1)
     }
 
     /// A prompt whose answer can follow it token by token: of ids where the server tells those of its answers.
     pub fn scored_prompt(&self, len: usize, stream: u64) -> One {
-        if !self.tells_ids {
+        if !self.can.token_ids {
             return self.prompt(len, stream);
         }
-        let mut random = Random::new(self.seed, stream);
-        One::Tokens((0..len).map(|_| random.below(u64::from(SMALL_VOCAB)) as u32).collect())
-    }
-
-    /// A request whose tokens are written as ids where the server can: texts of parts of characters are alike.
-    pub fn scored_ask(&self, prompt: One, max_tokens: u32) -> Ask {
-        let ask = self.ask(prompt, max_tokens);
-        if self.extras { ask.with("return_tokens_as_token_ids", true) } else { ask }
+        One::Tokens(ids(len, &mut Random::new(self.seed, stream)))
     }
 
     /// A greedy request.
@@ -213,111 +313,166 @@ impl Probe {
             One::Tokens(ids) => ids.clone(),
             One::Text(_) => unreachable!("prompts of a server are of one kind"),
         };
-        let prompt = match self.kind {
+        let prompt = match self.can.kind {
             Kind::Text => Prompt::Texts(prompts.iter().map(text).collect()),
-            Kind::Tokens(_) => Prompt::TokenLists(prompts.iter().map(ids).collect()),
+            Kind::Tokens => Prompt::TokenLists(prompts.iter().map(ids).collect()),
         };
         self.finish(Ask::new(&self.model, prompt, max_tokens))
     }
 
     fn finish(&self, mut ask: Ask) -> Ask {
-        if self.logprobs {
-            ask = ask.with("logprobs", 1);
+        if let Some(count) = self.can.logprobs {
+            ask = ask.with("logprobs", count);
         }
-        if self.extras { ask.with("ignore_eos", true).with("return_token_ids", true) } else { ask }
+        if self.can.ignore_eos {
+            ask = ask.with("ignore_eos", true);
+        }
+        if self.can.token_ids { ask.with("return_token_ids", true) } else { ask }
     }
 
-    /// Asks while nothing else of ours runs.
+    /// Asks while nothing else of ours runs, in the way in which crowds are asked: streamed where that is possible.
     pub async fn alone(&self, ask: &Ask) -> Result<Answer> {
+        let (asked, _) = ask_for(&self.client, ask, self.can.streams).await?;
+        Ok(asked.one()?.clone())
+    }
+
+    /// Asks for a whole answer while nothing else of ours runs.
+    pub async fn whole(&self, ask: &Ask) -> Result<Answer> {
         Ok(self.client.complete(ask).await?.one()?.clone())
     }
 
-    /// Asks for several answers in one request.
-    pub async fn list(&self, prompts: &[One], max_tokens: u32) -> Result<Vec<Answer>> {
-        let asked = self.client.complete(&self.list_ask(prompts, max_tokens)).await?;
-        if asked.answers.len() != prompts.len() {
-            let message = format!("{} choices for {} prompts", asked.answers.len(), prompts.len());
-            return Err(Error::answer(&asked.url, message));
+    /// Has prompts computed anew, as far as the server allows: by forgetting cached prefixes, or by a parameter that
+    /// the request gets; `number` tells such requests apart.
+    pub async fn fresh(&self, ask: Ask, number: usize) -> Result<(Ask, Fresh)> {
+        match &self.reset {
+            Reset::Salt => Ok((ask.with("cache_salt", format!("{}-{number}", self.run)), Fresh::Salted)),
+            _ if self.reset_cache().await? => Ok((ask, Fresh::Reset)),
+            _ => Ok((ask, Fresh::Unknown)),
         }
-        Ok(asked.answers)
     }
 
-    /// Asks all at once. Where the server can be paused they queue in this order and start together.
-    pub async fn together(&self, asks: Vec<Ask>) -> Result<Vec<Asked>> {
-        let count = asks.len();
-        if let Some(control) = &self.control {
-            self.sleeper.pause(control).await?;
-        }
-        let mut running = JoinSet::new();
-        for (index, ask) in asks.into_iter().enumerate() {
-            let client = self.client.clone();
-            running.spawn(async move { (index, client.complete(&ask).await) });
-        }
-        if let Some(control) = &self.control {
-            let deadline = Instant::now() + QUEUE_WAIT;
-            while Instant::now() < deadline {
-                let info = control.batch_info().await?;
-                if info.running + info.waiting >= count as u64 {
-                    break;
-                }
-                sleep(Duration::from_millis(2)).await;
-            }
-            control.wake_surely().await?;
-            self.sleeper.is_awake();
-        }
-        let mut all = Vec::new();
-        while let Some(done) = running.join_next().await {
-            let (index, result) = done.expect("a request's task does not panic");
-            all.push((index, result?));
-        }
-        all.sort_by_key(|(index, _)| *index);
-        Ok(all.into_iter().map(|(_, asked)| asked).collect())
+    /// Whether it forgets cached prefixes when it is told to.
+    pub fn forgets(&self) -> bool {
+        matches!(self.reset, Reset::Bitfast | Reset::Route(_))
     }
 
     /// Forgets cached prefixes; false where the server cannot.
     pub async fn reset_cache(&self) -> Result<bool> {
-        match &self.control {
-            Some(control) => control.reset_prefix_cache().await.map(|()| true),
-            None => Ok(false),
+        match (&self.reset, &self.control) {
+            (Reset::Bitfast, Some(control)) => control.reset_prefix_cache().await.map(|()| true),
+            (Reset::Route(route), _) => {
+                let reply = self.client.post(route, "").await?;
+                if reply.status == 200 { Ok(true) } else { Err(reply.refusal()) }
+            }
+            _ => Ok(false),
         }
     }
 
-    /// Number of the server's last step, where told.
-    pub async fn mark(&self) -> Result<LastSteps> {
-        match &self.control {
-            Some(control) => control.last_steps().await,
-            None => Ok(LastSteps::new()),
-        }
+    /// Prompt tokens that the server has found in its cache so far, by vLLM's or SGLang's metrics.
+    pub async fn cache_hits(&self) -> Result<Option<u64>> {
+        let reply = self.client.get("/metrics").await?;
+        let text = String::from_utf8_lossy(&reply.body);
+        let names = ["vllm:prefix_cache_hits_total", "vllm:prefix_cache_hits", "sglang:cached_tokens_total"];
+        Ok(names.iter().filter(|_| reply.status == 200).find_map(|name| metric(&text, name)))
     }
 
-    /// The largest batch and the most prompt tokens of a step since a mark, where told.
-    pub async fn largest_step(&self, since: &LastSteps) -> Result<Option<(u64, u64)>> {
-        let Some(control) = &self.control else { return Ok(None) };
-        let steps = control.steps(since).await?;
-        let most = |f: fn(&crate::iterations::StepStat) -> u64| steps.iter().map(f).max().unwrap_or(0);
-        Ok(Some((most(|s| s.batch_size), most(|s| s.prefill_tokens))))
-    }
-
-    /// Log probabilities of a prompt's own tokens.
-    pub async fn score(&self, prompt: One) -> Result<Answer> {
-        let mut last = None;
+    /// Decodes an answer, and scores prompt and answer as one prompt.
+    pub async fn score(&self, prompt: &One, max_tokens: u32) -> Result<Scored> {
+        // Texts of parts of characters are alike: ids where the server writes tokens as such.
+        let as_ids = |ask: Ask| match self.can.token_ids {
+            true => ask.with("return_tokens_as_token_ids", true),
+            false => ask,
+        };
+        let decoded = self.whole(&as_ids(self.ask(prompt.clone(), max_tokens))).await?;
+        let whole = match (prompt, &decoded.token_ids) {
+            (One::Text(text), _) => One::Text(format!("{text}{}", decoded.text)),
+            (One::Tokens(ids), Some(answer)) => One::Tokens([&ids[..], answer].concat()),
+            (One::Tokens(_), None) => return Ok(Scored::Cannot("the server tells no token ids".into())),
+        };
         // Some servers do not take 0.
+        let count = decoded.logprobs.as_ref().map_or(0, Vec::len);
+        let mut refusal = String::new();
         for max_tokens in [0, 1] {
-            let ask = self.scored_ask(prompt.clone(), max_tokens).with("echo", true).with("logprobs", 1);
-            match self.client.complete(&ask).await {
-                Ok(asked) => return Ok(asked.one()?.clone()),
-                Err(error) if matches!(error.status(), Some(400 | 422)) => last = Some(error),
-                Err(error) => return Err(error),
+            let ask = as_ids(self.ask(whole.clone(), max_tokens)).with("echo", true);
+            match self.taken(&ask).await? {
+                Ok(asked) => match &asked.one()?.logprobs {
+                    Some(scored) if scored.len() > count => return Ok(Scored::of(decoded, scored)),
+                    _ => refusal = "nothing came of the prompt".to_string(),
+                },
+                Err(error) => refusal = error.to_string(),
             }
         }
-        Err(last.expect("it was refused twice"))
+        if let Some(scored) = self.prompt_logprobs(&whole).await? {
+            return Ok(Scored::of(decoded, &scored));
+        }
+        Ok(Scored::Cannot(format!("prompts cannot be scored with echo ({refusal}) nor by prompt_logprobs")))
     }
 
-    /// `prompt` followed by an answer to it; `None` where the answer's tokens are not known.
-    pub fn followed_by(&self, prompt: &One, answer: &Answer) -> Option<One> {
-        match prompt {
-            One::Text(text) => Some(One::Text(format!("{text}{}", answer.text))),
-            One::Tokens(ids) => Some(One::Tokens([&ids[..], answer.token_ids.as_deref()?].concat())),
+    /// Log probabilities of a prompt's tokens in vLLM's way; `None` where the server has no such thing.
+    async fn prompt_logprobs(&self, prompt: &One) -> Result<Option<Vec<TokenLogprob>>> {
+        let One::Tokens(ids) = prompt else { return Ok(None) };
+        let body = serde_json::json!({
+            "model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1
+        });
+        let reply = self.client.post("/v1/completions", body.to_string()).await?;
+        if reply.status != 200 {
+            let error = reply.refusal();
+            return if is_refusal(&error) { Ok(None) } else { Err(error) };
         }
+        let answer = reply.json()?;
+        let Some(rows) = answer.pointer("/choices/0/prompt_logprobs").and_then(Value::as_array) else {
+            return Ok(None);
+        };
+        let logprob = |(id, row): (&u32, &Value)| TokenLogprob {
+            token: format!("token_id:{id}"),
+            logprob: row[id.to_string()]["logprob"].as_f64().map(|v| v as f32),
+            top: Default::default(),
+        };
+        Ok(Some(ids.iter().zip(rows).map(logprob).collect()))
     }
+}
+
+/// An answer as it was decoded and as it was scored.
+pub enum Scored {
+    /// The same tokens.
+    Both(Answer, Answer),
+    /// As a prompt the text is cut into other tokens.
+    Retokenized,
+    /// The server has no way.
+    Cannot(String),
+}
+
+impl Scored {
+    fn of(decoded: Answer, scored: &[TokenLogprob]) -> Self {
+        let Some(left) = decoded.logprobs else { return Self::Cannot("no log probabilities came".into()) };
+        let same = |right: &[TokenLogprob]| left.iter().zip(right).all(|(a, b)| a.token == b.token);
+        // A server that could not score without generating may have one token more.
+        let tails = [scored.len(), scored.len().saturating_sub(1)].into_iter();
+        let mut tails = tails.filter_map(|end| scored[..end].get(end.checked_sub(left.len())?..));
+        let Some(right) = tails.find(|right| same(right)) else { return Self::Retokenized };
+        // Which further candidates are told differs from decoding to scoring.
+        let only = |logprobs: &[TokenLogprob]| Answer {
+            logprobs: Some(
+                logprobs.iter().map(|l| TokenLogprob { top: Default::default(), ..l.clone() }).collect(),
+            ),
+            ..Answer::default()
+        };
+        Self::Both(only(&left), only(right))
+    }
+}
+
+fn ids(len: usize, random: &mut Random) -> Vec<u32> {
+    (0..len).map(|_| random.below(u64::from(SMALL_VOCAB)) as u32).collect()
+}
+
+/// Whether a server lists a model of this name.
+pub async fn serves(client: &Client, name: &str) -> Result<bool> {
+    let list = client.get("/v1/models").await?.json()?;
+    let models = list["data"].as_array().map_or(&[][..], Vec::as_slice);
+    Ok(models.iter().any(|model| model["id"] == name))
+}
+
+/// Whether a server says that it does not take such a request.
+pub fn is_refusal(error: &Error) -> bool {
+    matches!(error.status(), Some(400 | 422 | 501))
 }

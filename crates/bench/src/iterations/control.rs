@@ -304,7 +304,7 @@ fn from_text(text: &str) -> Value {
 }
 
 /// A gauge of Prometheus' text format, summed over its labels.
-fn metric(text: &str, name: &str) -> Option<u64> {
+pub(crate) fn metric(text: &str, name: &str) -> Option<u64> {
     let values = text.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
         // The next character ends the name: a longer name is another gauge.

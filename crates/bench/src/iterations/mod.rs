@@ -21,6 +21,7 @@ use crate::random::token_ids;
 pub use control::{BatchInfo, Control, Dialect, LastSteps, ServerConfig, StepStat};
 pub use report::{Report, Row};
 
+pub(crate) use control::metric;
 pub(crate) use measure::Sleeper;
 
 use measure::Once;

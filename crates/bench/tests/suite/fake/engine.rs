@@ -7,6 +7,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep};
 
+use super::fault::Fault;
+
 /// Size of the vocabulary; token t is the word `w<t>`.
 pub const VOCAB: u64 = 1000;
 /// Tokens of a block of the prefix cache.
@@ -20,14 +22,26 @@ pub struct Setup {
     pub decode: Duration,
     /// Most prompt tokens of a step.
     pub budget: usize,
-    /// Adds a little to logprobs while others run.
-    pub noise: bool,
+    /// Most sequences of a step.
+    pub max_running: usize,
+    /// Whether it has a prefix cache.
+    pub caches: bool,
+    /// How it breaks the law.
+    pub fault: Option<Fault>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let ms = Duration::from_millis;
-        Self { ranks: 1, prefill: ms(5), decode: ms(2), budget: 1 << 20, noise: false }
+        Self {
+            ranks: 1,
+            prefill: ms(5),
+            decode: ms(2),
+            budget: 1 << 20,
+            max_running: 1 << 20,
+            caches: true,
+            fault: None,
+        }
     }
 }
 
@@ -44,6 +58,10 @@ pub struct Sequence {
     pub prompt: Vec<u64>,
     pub max_tokens: usize,
     pub seed: Option<u64>,
+    /// Finds only what came with the same salt.
+    pub salt: u64,
+    /// Its log probabilities are wrong from the start.
+    pub noisy: bool,
     pub sink: mpsc::UnboundedSender<Token>,
     /// Told before the first token.
     pub cached: Arc<Mutex<usize>>,
@@ -52,6 +70,10 @@ pub struct Sequence {
 struct Running {
     sequence: Sequence,
     prefilled: usize,
+    /// Steps that computed a part of the prompt.
+    chunks: usize,
+    /// Somebody left while it ran.
+    disturbed: bool,
     tokens: Vec<u64>,
 }
 
@@ -71,7 +93,10 @@ pub struct Rank {
     waiting: VecDeque<Sequence>,
     running: Vec<Running>,
     pub steps: Vec<Step>,
-    cache: BTreeSet<Vec<u64>>,
+    /// Salts and prefixes.
+    cache: BTreeSet<(u64, Vec<u64>)>,
+    /// Prompt tokens that were found in the cache.
+    pub hits: usize,
 }
 
 pub struct Engine {
@@ -140,7 +165,7 @@ impl Engine {
                 continue;
             }
             let start = Instant::now();
-            let (prefill_tokens, decoding) = self.rank(rank).schedule(self.setup.budget);
+            let (prefill_tokens, decoding) = self.rank(rank).schedule(&self.setup);
             let duration = if prefill_tokens > 0 { self.setup.prefill } else { self.setup.decode };
             if duration > Duration::ZERO {
                 sleep(duration).await;
@@ -149,7 +174,7 @@ impl Engine {
                 let mut state = self.rank(rank);
                 let id = state.steps.len() as u64 + 1;
                 let seqs = state.running.len();
-                state.commit(&decoding, self.setup.noise && seqs > 1);
+                state.commit(&decoding, &self.setup);
                 state.steps.push(Step {
                     id,
                     start: start - self.start,
@@ -166,22 +191,28 @@ impl Engine {
 
 impl Rank {
     /// Prompt tokens of the next step, and which of the running sequences decode in it.
-    fn schedule(&mut self, budget: usize) -> (usize, Vec<bool>) {
-        while let Some(sequence) = self.waiting.pop_front() {
+    fn schedule(&mut self, setup: &Setup) -> (usize, Vec<bool>) {
+        while self.running.len() < setup.max_running
+            && let Some(sequence) = self.waiting.pop_front()
+        {
             let mut cached = 0;
             // The last token is always computed anew.
-            while cached + BLOCK < sequence.prompt.len()
-                && self.cache.contains(&sequence.prompt[..cached + BLOCK])
+            while setup.caches
+                && cached + BLOCK < sequence.prompt.len()
+                && self.cache.contains(&(sequence.salt, sequence.prompt[..cached + BLOCK].to_vec()))
             {
                 cached += BLOCK;
             }
             *sequence.cached.lock().unwrap() = cached;
-            self.running.push(Running { sequence, prefilled: cached, tokens: Vec::new() });
+            self.hits += cached;
+            let tokens = Vec::new();
+            self.running.push(Running { sequence, prefilled: cached, chunks: 0, disturbed: false, tokens });
         }
         let decoding = self.running.iter().map(|r| r.prefilled == r.sequence.prompt.len()).collect();
         let mut prefill = 0;
         for running in &mut self.running {
-            let chunk = (running.sequence.prompt.len() - running.prefilled).min(budget - prefill);
+            let chunk = (running.sequence.prompt.len() - running.prefilled).min(setup.budget - prefill);
+            running.chunks += usize::from(chunk > 0);
             running.prefilled += chunk;
             prefill += chunk;
         }
@@ -189,23 +220,43 @@ impl Rank {
     }
 
     /// Gives a token to every sequence whose prompt is done, and forgets those that are done or whose client left.
-    fn commit(&mut self, decoding: &[bool], noise: bool) {
+    fn commit(&mut self, decoding: &[bool], setup: &Setup) {
         assert_eq!(decoding.len(), self.running.len());
+        let rows = self.running.len();
+        let somebody_left = self.running.iter().any(|r| r.sequence.sink.is_closed());
+        let mut row = 0;
         let cache = &mut self.cache;
         self.running.retain_mut(|r| {
+            row += 1;
+            r.disturbed |= somebody_left;
             if r.prefilled < r.sequence.prompt.len() {
                 return !r.sequence.sink.is_closed();
             }
             if r.tokens.is_empty() {
                 let full = r.sequence.prompt.len() / BLOCK;
-                cache.extend((1..=full).map(|n| r.sequence.prompt[..n * BLOCK].to_vec()));
+                let salt = r.sequence.salt;
+                cache.extend((1..=full).map(|n| (salt, r.sequence.prompt[..n * BLOCK].to_vec())));
             }
             if r.sequence.max_tokens == 0 {
                 return false;
             }
             let all = [&r.sequence.prompt[..], &r.tokens].concat();
-            let id = next(&all, r.sequence.seed);
-            let logprob = logprob(&all, id) - if noise { 1e-6 } else { 0.0 };
+            let drawn =
+                |seed| if setup.fault == Some(Fault::SharedDraws) { seed + row as u64 - 1 } else { seed };
+            let weights = u64::from(setup.fault == Some(Fault::OtherWeights)) << 32;
+            let id = next(&all, weights ^ r.sequence.seed.map_or(0, drawn));
+            let cached = *r.sequence.cached.lock().unwrap();
+            let noisy = r.sequence.noisy
+                || match setup.fault {
+                    None | Some(Fault::SharedDraws | Fault::OtherWeights) => false,
+                    Some(Fault::Load) => rows > 1,
+                    Some(Fault::TwoRows) => rows == 2,
+                    Some(Fault::OddRowsOf16) => (9..=16).contains(&rows) && row % 2 == 0,
+                    Some(Fault::Chunks) => r.chunks > 1,
+                    Some(Fault::Cached) => cached >= 64,
+                    Some(Fault::Leaving) => r.disturbed,
+                };
+            let logprob = logprob(&all, id) - if noisy { 1e-6 } else { 0.0 };
             r.tokens.push(id);
             let last = r.tokens.len() == r.sequence.max_tokens;
             r.sequence.sink.send(Token { id, logprob, last }).is_ok() && !last
@@ -214,8 +265,8 @@ impl Rank {
 }
 
 /// The model: a hash of all tokens before, and of the seed.
-fn next(tokens: &[u64], seed: Option<u64>) -> u64 {
-    hash(tokens, seed.unwrap_or(0)) % VOCAB
+fn next(tokens: &[u64], seed: u64) -> u64 {
+    hash(tokens, seed) % VOCAB
 }
 
 /// ln p of `id` after `tokens`.

@@ -1,6 +1,7 @@
-//! Stand-in servers: one speaks Bitfast's routes, one vLLM's, and each can lie.
+//! Stand-in servers: one speaks Bitfast's routes, one vLLM's, and so on; each can lie, be faulty, and lack what others have.
 
 pub mod engine;
+mod fault;
 mod routes;
 
 use std::io;
@@ -15,12 +16,14 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use engine::{Engine, Setup};
+pub use fault::{Fault, Lack};
 
 /// Which control routes it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     Bitfast,
     Vllm,
+    Sglang,
     /// The standard API and nothing else.
     Plain,
 }
@@ -64,12 +67,23 @@ pub enum Lie {
     StreamsDiffer,
     /// Ignores the seed.
     IgnoresSeed,
+    /// Draws nothing, at any temperature.
+    IgnoresTemperature,
+    /// Scores with other numbers than it decodes.
+    ScoresDiffer,
+    /// Remembers what it is asked four times in a row, and not well.
+    FourthTimeDiffers,
 }
 
 pub struct Fake {
     pub dialect: Dialect,
     pub engine: Arc<Engine>,
     pub lies: Vec<Lie>,
+    pub lacks: Vec<Lack>,
+    /// Requests that it still answers, if it is to die.
+    pub dies_after: Mutex<Option<usize>>,
+    /// Body of the last generation request, and how often it came in a row.
+    pub last: Mutex<(Vec<u8>, usize)>,
     pub api_key: Option<String>,
     /// Prompts of all generation requests, in order.
     pub prompts: Mutex<Vec<Vec<u64>>>,
@@ -93,6 +107,9 @@ impl Fake {
             dialect,
             engine: Engine::start(setup),
             lies: lies.to_vec(),
+            lacks: Vec::new(),
+            last: Mutex::default(),
+            dies_after: Mutex::default(),
             api_key: None,
             prompts: Mutex::default(),
             asked: AtomicUsize::new(0),
@@ -101,6 +118,22 @@ impl Fake {
             listed: AtomicUsize::new(0),
             calls: Mutex::default(),
         }
+    }
+
+    /// A server that cannot do everything.
+    pub fn lacking(dialect: Dialect, setup: Setup, lacks: &[Lack]) -> Arc<Self> {
+        let mut fake = Self::new(dialect, setup, &[]);
+        fake.lacks = lacks.to_vec();
+        Arc::new(fake)
+    }
+
+    pub fn lacks(&self, lack: Lack) -> bool {
+        self.lacks.contains(&lack)
+    }
+
+    /// Nobody listens any more.
+    pub fn is_dead(&self) -> bool {
+        *self.dies_after.lock().unwrap() == Some(0)
     }
 
     pub fn lies(&self, lie: Lie) -> bool {
@@ -127,8 +160,12 @@ impl Fake {
     }
 
     pub fn client_with(self: &Arc<Self>, options: Options) -> Client {
-        let connect = Arc::new(Memory(self.clone()));
-        Client::new(endpoint("fake:1"), Options { connect, ..options })
+        Client::new(endpoint("fake:1"), Options { connect: self.connector(), ..options })
+    }
+
+    /// Connections to it over memory.
+    pub fn connector(self: &Arc<Self>) -> Arc<dyn Connect> {
+        Arc::new(Memory(self.clone()))
     }
 
     /// Serves it on a port of this machine until the runtime ends.
@@ -156,6 +193,9 @@ impl Connect for Memory {
     fn connect(&self, _endpoint: &Endpoint) -> Connecting {
         let fake = self.0.clone();
         Box::pin(async move {
+            if fake.is_dead() {
+                return Err(io::Error::from(io::ErrorKind::ConnectionRefused));
+            }
             let (ours, theirs) = tokio::io::duplex(1 << 20);
             tokio::spawn(fake.serve(theirs));
             Ok::<_, io::Error>(Box::new(ours) as Box<dyn bitfast_bench::client::Stream>)

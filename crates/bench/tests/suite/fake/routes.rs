@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::engine::{Engine, Sequence, Token, VOCAB, logprob};
-use super::{Dialect, Fake, Lie};
+use super::{Dialect, Fake, Lack, Lie};
 
 /// A body that is fed through a channel; an error breaks the connection.
 pub struct Fed(mpsc::UnboundedReceiver<io::Result<Bytes>>);
@@ -58,6 +58,12 @@ pub async fn answer(fake: Arc<Fake>, request: Request<Incoming>) -> Result<Respo
     {
         return Ok(refused(401, "no such key"));
     }
+    if fake.is_dead() {
+        return Ok(broken());
+    }
+    if let Some(left) = &mut *fake.dies_after.lock().unwrap() {
+        *left -= 1;
+    }
     let path = request.uri().path().to_string();
     let query = request.uri().query().unwrap_or_default().to_string();
     if path == "/v1/completions" {
@@ -69,9 +75,13 @@ pub async fn answer(fake: Arc<Fake>, request: Request<Incoming>) -> Result<Respo
     if request.method() == Method::POST {
         fake.calls.lock().unwrap().push(path.clone());
     }
+    if fake.lacks(Lack::Reset) && ["/reset_prefix_cache", "/flush_cache"].contains(&&*path) {
+        return Ok(refused(404, "not found"));
+    }
     Ok(match fake.dialect {
         Dialect::Bitfast => bitfast(&fake, &path, &query),
         Dialect::Vllm => vllm(&fake, &path, &query),
+        Dialect::Sglang => sglang(&fake, &path),
         Dialect::Plain => refused(404, "not found"),
     })
 }
@@ -208,11 +218,56 @@ fn vllm(fake: &Fake, path: &str, query: &str) -> Response<Fed> {
             whole(
                 200,
                 format!(
-                    "# HELP x\nvllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting{{engine=\"0\"}} {waiting}.0\n"
+                    "# HELP x\nvllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting{{engine=\"0\"}} {waiting}.0\n\
+                     vllm:prefix_cache_hits_total{{engine=\"0\"}} {}.0\n",
+                    hits(engine)
                 ),
             )
         }
         _ => refused(404, "not found"),
+    }
+}
+
+fn hits(engine: &Engine) -> usize {
+    (0..engine.setup.ranks).map(|rank| engine.rank(rank).hits).sum()
+}
+
+fn sglang(fake: &Fake, path: &str) -> Response<Fed> {
+    match path {
+        "/flush_cache" => {
+            fake.engine.reset_cache();
+            whole(200, "Cache flushed.\n")
+        }
+        "/metrics" => whole(
+            200,
+            format!("sglang:cached_tokens_total{{model_name=\"fake\"}} {}.0\n", hits(&fake.engine)),
+        ),
+        _ => refused(404, "not found"),
+    }
+}
+
+/// What a server without it says to a request that needs it.
+fn missing(fake: &Fake, body: &Value) -> Option<Response<Fed>> {
+    let extras =
+        ["ignore_eos", "return_token_ids", "return_tokens_as_token_ids", "cache_salt", "prompt_logprobs"];
+    let no = |message: &str| Some(refused(400, message));
+    let has = |name: &str| !body[name].is_null();
+    let list = |v: &Value| v[0].is_string() || v[0].is_array();
+    match () {
+        () if fake.lacks(Lack::Extras) && extras.iter().any(|name| has(name)) => {
+            no("Unrecognized request argument")
+        }
+        () if fake.lacks(Lack::Scoring) && (has("echo") || has("prompt_logprobs")) => {
+            no("echo is not supported")
+        }
+        () if fake.lacks(Lack::Echo) && has("echo") => no("echo is not supported"),
+        () if fake.lacks(Lack::Lists) && list(&body["prompt"]) => no("one prompt only"),
+        () if fake.lacks(Lack::Streams) && body["stream"] == true => no("stream is not supported"),
+        () if fake.lacks(Lack::Seeds) && has("seed") => no("seed is not supported"),
+        () if fake.lacks(Lack::Texts) && (body["prompt"].is_string() || body["prompt"][0].is_string()) => {
+            no("there is no tokenizer")
+        }
+        () => None,
     }
 }
 
@@ -241,16 +296,33 @@ struct Wanted {
     max_tokens: usize,
     logprobs: bool,
     echo: bool,
+    prompt_logprobs: bool,
     ids: bool,
+    /// Tokens are written as ids.
+    as_ids: bool,
     usage_each: bool,
     seed: Option<u64>,
+    /// Was asked for the same just before, three times.
+    again: bool,
+    salt: u64,
+    /// Added to scores.
+    off: f32,
 }
 
 async fn completions(fake: Arc<Fake>, request: Request<Incoming>) -> Response<Fed> {
     let number = fake.asked.fetch_add(1, Ordering::SeqCst);
     let rank = request.headers().get("x-data-parallel-rank").map(|v| v.to_str().unwrap().parse().unwrap());
     let body = request.into_body().collect().await.unwrap().to_bytes();
+    let in_a_row = {
+        let mut last = fake.last.lock().unwrap();
+        let count = if last.0 == body { last.1 + 1 } else { 1 };
+        *last = (body.to_vec(), count);
+        count
+    };
     let body: Value = serde_json::from_slice(&body).unwrap();
+    if let Some(refusal) = missing(&fake, &body) {
+        return refusal;
+    }
     if body["model"] != "fake" {
         return refused(404, "unknown model");
     }
@@ -268,12 +340,22 @@ async fn completions(fake: Arc<Fake>, request: Request<Incoming>) -> Response<Fe
     let wanted = Wanted {
         max_tokens: body["max_tokens"].as_u64().unwrap_or(16) as usize
             - usize::from(chosen && fake.lies(Lie::DropsAToken)),
-        logprobs: !body["logprobs"].is_null(),
+        logprobs: !body["logprobs"].is_null() && !fake.lacks(Lack::Logprobs),
         echo: body["echo"] == true,
+        prompt_logprobs: !body["prompt_logprobs"].is_null() && fake.dialect != Dialect::Plain,
+        as_ids: body["return_tokens_as_token_ids"] == true,
+        salt: match body["cache_salt"].as_str() {
+            Some(salt) if fake.dialect != Dialect::Plain => {
+                salt.bytes().fold(7, |h, b| h * 31 % 1_000_003 + u64::from(b))
+            }
+            _ => 0,
+        },
+        again: in_a_row > 3 && fake.lies(Lie::FourthTimeDiffers),
+        off: if fake.lies(Lie::ScoresDiffer) { 1e-6 } else { 0.0 },
         ids: body["return_token_ids"] == true && fake.dialect != Dialect::Plain,
         usage_each: body["stream_options"]["continuous_usage_stats"] == true
             && fake.dialect != Dialect::Plain,
-        seed: (body["temperature"].as_f64() > Some(0.0)).then(|| {
+        seed: (body["temperature"].as_f64() > Some(0.0) && !fake.lies(Lie::IgnoresTemperature)).then(|| {
             let drawn = number as u64;
             if fake.lies(Lie::IgnoresSeed) { drawn } else { body["seed"].as_u64().unwrap_or(drawn) }
         }),
@@ -287,8 +369,7 @@ async fn completions(fake: Arc<Fake>, request: Request<Incoming>) -> Response<Fe
         started.swap(0, 1);
     }
     if stream {
-        assert_eq!(started.len(), 1, "one prompt a stream");
-        return streamed(fake, started.remove(0), wanted, chosen);
+        return streamed(fake, started, wanted, chosen);
     }
     let (mut choices, mut prompt_tokens, mut completion_tokens, mut cached) = (Vec::new(), 0, 0, 0);
     for (index, mut one) in started.into_iter().enumerate() {
@@ -323,7 +404,7 @@ fn start(
     fake.prompts.lock().unwrap().push(prompt.clone());
     let mut seed = wanted.seed;
     if stream && fake.lies(Lie::StreamsDiffer) {
-        seed = Some(99);
+        seed = Some(seed.unwrap_or(0) ^ 99);
     }
     if fake.lies(Lie::NoCache) {
         engine.reset_cache();
@@ -332,6 +413,8 @@ fn start(
         prompt: prompt.clone(),
         max_tokens: wanted.max_tokens,
         seed,
+        noisy: wanted.again,
+        salt: wanted.salt,
         sink,
         cached: cached.clone(),
     };
@@ -341,27 +424,37 @@ fn start(
 
 fn usage(fake: &Fake, prompt: usize, completion: usize, cached: usize) -> Value {
     let more = |lie| usize::from(fake.lies(lie));
+    let details = if fake.lacks(Lack::CachedTokens) { Value::Null } else { json!({"cached_tokens": cached}) };
     json!({
         "prompt_tokens": prompt + more(Lie::PromptTokens),
         "completion_tokens": completion + more(Lie::CompletionTokens) + more(Lie::DropsAToken),
-        "prompt_tokens_details": {"cached_tokens": cached}
+        "prompt_tokens_details": details
     })
 }
 
 fn choice(index: usize, prompt: &[u64], tokens: &[Token], wanted: &Wanted, whole: bool) -> Value {
-    let word = |id: u64| format!(" w{id}");
+    let word = |id: u64| if wanted.as_ids { format!("token_id:{id}") } else { format!(" w{id}") };
+    let score = |i: usize| logprob(&prompt[..i], prompt[i]) + wanted.off;
     let mut ids: Vec<u64> = tokens.iter().map(|t| t.id).collect();
     let mut probabilities: Vec<Value> = tokens.iter().map(|t| json!(t.logprob)).collect();
     if wanted.echo && whole {
         let scores = (0..prompt.len()).map(|i| match i {
             0 => Value::Null,
-            _ => json!(logprob(&prompt[..i], prompt[i])),
+            _ => json!(score(i)),
         });
         probabilities = scores.chain(probabilities).collect();
         ids = prompt.iter().copied().chain(ids).collect();
     }
     let words: Vec<String> = ids.iter().map(|id| word(*id)).collect();
-    let mut value = json!({"index": index, "text": words.concat(), "finish_reason": null});
+    let text: String = ids.iter().map(|id| format!(" w{id}")).collect();
+    let mut value = json!({"index": index, "text": text, "finish_reason": null});
+    if wanted.prompt_logprobs {
+        let row = |i: usize| match i {
+            0 => Value::Null,
+            _ => json!({prompt[i].to_string(): {"logprob": score(i), "rank": 1}}),
+        };
+        value["prompt_logprobs"] = (0..prompt.len()).map(row).collect();
+    }
     if whole || tokens.last().is_some_and(|t| t.last) {
         value["finish_reason"] = json!("length");
     }
@@ -375,16 +468,37 @@ fn choice(index: usize, prompt: &[u64], tokens: &[Token], wanted: &Wanted, whole
     value
 }
 
-fn streamed(fake: Arc<Fake>, mut started: Started, wanted: Wanted, chosen: bool) -> Response<Fed> {
+/// Streams all choices, each token as it comes.
+fn streamed(fake: Arc<Fake>, started: Vec<Started>, wanted: Wanted, chosen: bool) -> Response<Fed> {
     let (sender, receiver) = mpsc::unbounded_channel();
+    let prompts: Vec<Vec<u64>> = started.iter().map(|s| s.prompt.clone()).collect();
+    let found: Vec<Arc<Mutex<usize>>> = started.iter().map(|s| s.cached.clone()).collect();
+    let (all, mut tokens) = mpsc::unbounded_channel();
+    for (index, mut one) in started.into_iter().enumerate() {
+        let all = all.clone();
+        tokio::spawn(async move {
+            // Either end may leave first: then the engine learns of it by its own.
+            while let Some(token) =
+                tokio::select! { token = one.tokens.recv() => token, () = all.closed() => None }
+            {
+                if all.send((index, token)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    drop(all);
     tokio::spawn(async move {
+        let prompt_tokens: usize = prompts.iter().map(Vec::len).sum();
+        let cached = || found.iter().map(|c| *c.lock().unwrap()).sum();
         let mut count = 0;
-        while let Some(token) = started.tokens.recv().await {
+        loop {
+            let next = tokio::select! { next = tokens.recv() => next, () = sender.closed() => return };
+            let Some((index, token)) = next else { break };
             count += 1;
-            let cached = *started.cached.lock().unwrap();
-            let mut event = json!({"choices": [choice(0, &started.prompt, &[token], &wanted, false)]});
+            let mut event = json!({"choices": [choice(index, &prompts[index], &[token], &wanted, false)]});
             if wanted.usage_each {
-                event["usage"] = usage(&fake, started.prompt.len(), count, cached);
+                event["usage"] = usage(&fake, prompt_tokens, count, cached());
             }
             if sender.send(Ok(format!("data: {event}\n\n").into())).is_err() {
                 return;
@@ -394,8 +508,7 @@ fn streamed(fake: Arc<Fake>, mut started: Started, wanted: Wanted, chosen: bool)
                 return;
             }
         }
-        let cached = *started.cached.lock().unwrap();
-        let last = json!({"choices": [], "usage": usage(&fake, started.prompt.len(), count, cached)});
+        let last = json!({"choices": [], "usage": usage(&fake, prompt_tokens, count, cached())});
         let _ = sender.send(Ok(format!("data: {last}\n\ndata: [DONE]\n\n").into()));
     });
     Response::new(Fed(receiver))
