@@ -273,7 +273,14 @@ fn anchor_tokens() -> Vec<usize> {
 fn anchor_layers_equal_the_references() {
     let gpu = gpu();
     let compare = Compare::new(&gpu);
-    let specs: Vec<LinearSpec> = ANCHORS.iter().map(|(n, k, kind)| LinearSpec::new(*kind, *n, *k)).collect();
+    let specs: Vec<LinearSpec> = ANCHORS
+        .iter()
+        .flat_map(|(n, k, kind)| {
+            let spec = LinearSpec::new(*kind, *n, *k);
+            [Some(spec), spec.fused().filter(|_| *kind == LinearKind::GateUp)]
+        })
+        .flatten()
+        .collect();
     let tokens = anchor_tokens();
     let of_spec = |spec: &LinearSpec| {
         let planned = tokens.iter().map(|rows| plan(spec, *rows, 132));
