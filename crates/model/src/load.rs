@@ -6,6 +6,8 @@
 
 mod prefetch;
 
+use std::borrow::Cow;
+
 use bitfast_ops::{Backend, HostTensor, LinearDesc};
 
 use self::prefetch::Prefetch;
@@ -157,9 +159,11 @@ impl<B: Backend> Build for Load<'_, B> {
     type Param = B::Param;
 
     fn linear(&mut self, desc: LinearDesc, parts: Vec<TensorSpec>) -> Result<B::Weight, LoadError> {
-        let data = self.take(&parts)?;
-        assert_eq!(data.dims2(), (desc.n, desc.k), "{}", desc.name);
-        let weight = self.be.weight(&desc, data)?;
+        let HostTensor { shape, data } = self.take(&parts)?;
+        let lent = HostTensor { shape, data: Cow::Borrowed(&data) };
+        assert_eq!(lent.dims2(), (desc.n, desc.k), "{}", desc.name);
+        let weight = self.be.weight(&desc, lent)?;
+        self.prefetch.give_back(data.into_owned());
         self.report(&parts);
         Ok(weight)
     }

@@ -1,7 +1,7 @@
 //! The card as a [`Backend`] of class `hopper`: weights as they come, activations in buffers of the largest step, launches queued on one stream
 //! with programmatic overlap, steps that only decode captured and replayed.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ pub use memory::{Kv, Param, Tensor, Weight};
 
 use crate::CudaError;
 use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
-use crate::driver::{Buffer, Device, Overlap, Stream};
+use crate::driver::{Buffer, Device, Overlap, Staging, Stream};
 use crate::jit::Jit;
 use crate::linear::{LinearSpec, Output};
 use crate::rows::{QkvPrepArgs, QkvPrepSpec};
@@ -97,6 +97,8 @@ pub struct CudaBackend {
     gate_up: Option<Buffer>,
     /// The last batch, until [`Backend::prepare`]: the first step finds out what it needs.
     unprepared: Option<BatchInputs>,
+    /// While a model is loaded.
+    staging: RefCell<Option<Staging>>,
     profile: Option<Profile>,
     /// What was asked for at the load.
     loaded: Loaded,
@@ -146,6 +148,7 @@ impl CudaBackend {
             heads: Vec::new(),
             gate_up: None,
             unprepared: Some(BatchInputs::default()),
+            staging: RefCell::new(None),
             profile: None,
             loaded: Loaded {
                 most_rows: Cell::new(0),
@@ -175,7 +178,13 @@ impl CudaBackend {
 
     fn upload(&self, what: &str, bytes: &[u8]) -> Result<Buffer> {
         let buffer = self.alloc(what, bytes.len())?;
-        buffer.write(&self.stream, 0, bytes).map_err(failed(&self.name))?;
+        let mut staging = self.staging.borrow_mut();
+        let written = match &mut *staging {
+            Some(staging) => staging.write(&self.stream, &buffer, bytes),
+            empty => Staging::new(&self.device)
+                .and_then(|staging| empty.insert(staging).write(&self.stream, &buffer, bytes)),
+        };
+        written.map_err(failed(&self.name))?;
         Ok(buffer)
     }
 
@@ -342,6 +351,9 @@ impl Backend for CudaBackend {
 
     fn prepare(&mut self, body: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
         self.device.bind().map_err(failed(&self.name))?;
+        // All weights have arrived.
+        self.run(|be| be.stream.synchronize())?;
+        self.staging.replace(None);
         self.load_kernels(body)?;
         self.unprepared = None;
         self.capture_ahead(body)

@@ -61,6 +61,12 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts_mut(self.ptr, self.words) }
     }
 
+    /// The words' bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `words_mut`; any byte may be written.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), 4 * self.words) }
+    }
+
     /// Number of words.
     pub fn len(&self) -> usize {
         self.words
@@ -79,10 +85,22 @@ impl Pinned {
     /// # Errors
     /// The driver's.
     pub unsafe fn copy_to(&self, stream: &Stream, words: usize, to: &Buffer) -> Result<()> {
-        assert!(words <= self.words && words * 4 <= to.bytes, "{words} words of {}", self.words);
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_bytes_to(stream, words * 4, to) }
+    }
+
+    /// Queues a copy of the first `bytes` bytes to the start of `to`.
+    ///
+    /// # Safety
+    /// As for [`copy_to`](Self::copy_to).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub unsafe fn copy_bytes_to(&self, stream: &Stream, bytes: usize, to: &Buffer) -> Result<()> {
+        assert!(bytes <= 4 * self.words && bytes <= to.bytes, "{bytes} bytes of {} words", self.words);
         // SAFETY: both ranges were just checked; the rest is the caller's promise.
         self.device.check("cuMemcpyHtoDAsync", unsafe {
-            (self.device.api().copy_to_device)(to.ptr, self.ptr.cast(), words * 4, stream.handle())
+            (self.device.api().copy_to_device)(to.ptr, self.ptr.cast(), bytes, stream.handle())
         })
     }
 }

@@ -9,10 +9,12 @@ use libloading::Library;
 
 mod ffi;
 mod memory;
+mod staging;
 mod stream;
 
 pub(crate) use ffi::{CublasLtApi, CublasLtChoice, Handle, NvrtcApi};
 pub use memory::{Buffer, Pinned, TensorMap, TensorMapDesc, TensorMapElement};
+pub use staging::Staging;
 pub use stream::{Event, Graph, Stream};
 
 use crate::error::loader_words;

@@ -33,6 +33,8 @@ struct State {
     /// Jobs below this one have been taken.
     taken: usize,
     ready: BTreeMap<usize, Result<HostTensor<'static>, WeightError>>,
+    /// Memory of jobs that were taken, for later ones: fresh memory costs more than what is read into it.
+    spare: Vec<Vec<bf16>>,
     /// By name: shape and hash of the tensor's bytes.
     digests: BTreeMap<String, (Vec<usize>, blake3::Hash)>,
     stopped: bool,
@@ -98,8 +100,9 @@ impl<'s> Prefetch<'s> {
             }
             let i = state.begun;
             state.begun += 1;
+            let memory = state.memory_for(elements(&self.jobs[i]));
             drop(state);
-            let read = self.read(&self.jobs[i]);
+            let read = self.read(&self.jobs[i], memory);
             state = self.lock();
             let read = read.map(|(tensor, digests)| {
                 state.digests.extend(digests);
@@ -124,6 +127,15 @@ impl<'s> Prefetch<'s> {
         }
     }
 
+    /// Takes the memory of a job back, for those to come that need about as much.
+    pub fn give_back(&self, memory: Vec<bf16>) {
+        let mut state = self.lock();
+        let fits = |job: &Job| suits(memory.capacity(), elements(job));
+        if state.spare.len() < self.ahead_jobs && self.jobs[state.begun..].iter().any(fits) {
+            state.spare.push(memory);
+        }
+    }
+
     /// One hash over the sorted (name, shape, hash of the bytes) of all tensors that were read.
     pub fn into_digest(self) -> blake3::Hash {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -134,13 +146,23 @@ impl<'s> Prefetch<'s> {
         all.finalize()
     }
 
-    fn read(&self, job: &Job) -> Result<(HostTensor<'static>, Vec<NamedDigest>), WeightError> {
+    fn read(
+        &self,
+        job: &Job,
+        memory: Option<Vec<bf16>>,
+    ) -> Result<(HostTensor<'static>, Vec<NamedDigest>), WeightError> {
         let digest = |spec: &TensorSpec, data: &[bf16]| {
             (spec.name.clone(), (spec.shape.clone(), blake3::hash(le_bytes(data))))
         };
         let mut shape = job.parts[0].shape.clone();
         shape[0] = job.parts.iter().map(|p| p.shape[0]).sum();
-        let mut data = zeroed(shape.iter().product());
+        let mut data = match memory {
+            Some(mut memory) => {
+                memory.resize(elements(job), bf16::ZERO);
+                memory
+            }
+            None => zeroed(elements(job)),
+        };
         let mut digests = Vec::new();
         let mut rest = &mut data[..];
         for spec in &job.parts {
@@ -159,6 +181,24 @@ impl<'s> Prefetch<'s> {
         // A panic while the lock is held leaves the state whole, and the guards must get at it while unwinding.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl State {
+    /// The least of the spare memory that suits.
+    fn memory_for(&mut self, elements: usize) -> Option<Vec<bf16>> {
+        let suiting = self.spare.iter().enumerate().filter(|(_, memory)| suits(memory.capacity(), elements));
+        let (i, _) = suiting.min_by_key(|(_, memory)| memory.capacity())?;
+        Some(self.spare.swap_remove(i))
+    }
+}
+
+fn elements(job: &Job) -> usize {
+    job.parts.iter().map(TensorSpec::elements).sum()
+}
+
+/// Whether memory for `capacity` elements is enough for `elements`, and not far more.
+fn suits(capacity: usize, elements: usize) -> bool {
+    (elements..=elements.saturating_mul(4)).contains(&capacity)
 }
 
 /// Reorders stacked parts: rows of every part's first group, then of every part's second group...

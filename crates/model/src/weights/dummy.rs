@@ -52,7 +52,16 @@ impl WeightSource for DummySource {
             [_, k] => (0.0, 1.0 / (k as f64).sqrt()),
             _ => (1.0, 0.05),
         };
-        fill(key(&spec.name), mean, (std / BYTE_SUM_STD) as f32, out);
+        let weights = Weights::new(key(&spec.name), mean, (std / BYTE_SUM_STD) as f32);
+        std::thread::scope(|scope| {
+            let mut parts = out.chunks_mut(PART).enumerate();
+            let first = parts.next();
+            for (i, part) in parts {
+                let weights = &weights;
+                scope.spawn(move || weights.fill(i * PART, part));
+            }
+            first.into_iter().for_each(|(_, part)| weights.fill(0, part));
+        });
         Ok(())
     }
 }
@@ -68,15 +77,33 @@ fn key(name: &str) -> u64 {
     u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"))
 }
 
-/// Elements 2i and 2i + 1 come from the two halves of word i: a half's four bytes, summed and centred.
-fn fill(key: u64, mean: f32, scale: f32, out: &mut [bf16]) {
-    for (i, pair) in out.chunks_mut(2).enumerate() {
-        let word = mix(key.wrapping_add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-        // Sums of byte pairs, then of the pairs' sums: one sum in each 32-bit half.
-        let pairs = (word & 0x00ff_00ff_00ff_00ff) + (word >> 8 & 0x00ff_00ff_00ff_00ff);
-        let sums = (pairs & 0x0000_ffff_0000_ffff) + (pairs >> 16 & 0x0000_ffff_0000_ffff);
-        for (x, sum) in pair.iter_mut().zip([sums as u32, (sums >> 32) as u32]) {
-            *x = to_bf16(mean + (sum as i32 - BYTE_SUM_MEAN) as f32 * scale);
+/// Elements that one thread makes; even.
+const PART: usize = 1 << 24;
+
+/// A tensor's weights. Elements 2i and 2i + 1 come from the two halves of word i: a half's four bytes, summed and centred.
+struct Weights {
+    key: u64,
+    /// By the sum, which is at most 4 * 255.
+    of_sum: [bf16; 1024],
+}
+
+impl Weights {
+    fn new(key: u64, mean: f32, scale: f32) -> Self {
+        let of_sum = |sum: usize| to_bf16(mean + (sum as i32 - BYTE_SUM_MEAN) as f32 * scale);
+        Self { key, of_sum: std::array::from_fn(of_sum) }
+    }
+
+    /// Elements `first..` (even) to `out`.
+    fn fill(&self, first: usize, out: &mut [bf16]) {
+        for (i, pair) in out.chunks_mut(2).enumerate() {
+            let i = (first / 2 + i) as u64;
+            let word = mix(self.key.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+            // Sums of byte pairs, then of the pairs' sums: one sum in each 32-bit half.
+            let pairs = (word & 0x00ff_00ff_00ff_00ff) + (word >> 8 & 0x00ff_00ff_00ff_00ff);
+            let sums = (pairs & 0x0000_ffff_0000_ffff) + (pairs >> 16 & 0x0000_ffff_0000_ffff);
+            for (x, sum) in pair.iter_mut().zip([sums as usize & 1023, (sums >> 32) as usize & 1023]) {
+                *x = self.of_sum[sum];
+            }
         }
     }
 }
@@ -103,6 +130,20 @@ mod tests {
             let source = DummySource::new(&config);
             let digest = weights_digest(&source, tensor_specs(&config), 2).unwrap();
             assert_eq!(digest.to_hex().as_str(), expected, "{}", config.architecture.hf_name());
+        }
+    }
+
+    #[test]
+    fn weights_do_not_depend_on_the_parts() {
+        let weights = Weights::new(7, 0.0, 0.01);
+        let mut whole = vec![bf16::ZERO; 1001];
+        weights.fill(0, &mut whole);
+        for cut in [2, 500, 1000] {
+            let mut parts = vec![bf16::ZERO; 1001];
+            let (left, right) = parts.split_at_mut(cut);
+            weights.fill(0, left);
+            weights.fill(cut, right);
+            assert_eq!(parts, whole, "cut at {cut}");
         }
     }
 
