@@ -191,13 +191,13 @@ mod tests {
         assert!(args(&["--shell"]).is_err());
     }
 
-    /// The script against binaries that pass, fail and run nothing.
+    /// The script against binaries that pass, fail and run nothing, and against a command that finds everything equal.
     #[cfg(unix)]
     #[test]
     fn the_script_fails_on_any_difference() {
-        let run = |body: &str| {
+        let run_with = |name: &str, body: &str| {
             let dir = tempfile::tempdir().unwrap();
-            for (name, text) in [("run.sh", include_str!("gpu_run.sh")), ("twin_x", body)] {
+            for (name, text) in [("run.sh", include_str!("gpu_run.sh")), (name, body)] {
                 let path = dir.path().join(name);
                 fs::write(&path, text).unwrap();
                 make_executable(&path).unwrap();
@@ -205,6 +205,7 @@ mod tests {
             let output = Command::new("./run.sh").current_dir(dir.path()).output().unwrap();
             (output.status.success(), String::from_utf8(output.stdout).unwrap())
         };
+        let run = |body: &str| run_with("twin_x", body);
         let (ok, table) = run(
             "#!/bin/sh\necho 'test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
         );
@@ -219,5 +220,13 @@ mod tests {
             "#!/bin/sh\necho 'test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
         );
         assert!(!ok, "nothing run is no pass");
+        let command = |code: &str| {
+            let answer = "a=; for w; do [ \"$a\" = --output ] && echo '{}' > $w; a=$w; done";
+            format!("#!/bin/sh\n{answer}\ncase $* in *changed*) exit {code};; esac\n")
+        };
+        let (ok, table) = run_with("bitfast", &command("1"));
+        assert!(ok && table.contains("5 passed, 0 failed"), "{table}");
+        let (ok, table) = run_with("bitfast", &command("0"));
+        assert!(!ok && table.contains("the change was not noticed"), "{table}");
     }
 }

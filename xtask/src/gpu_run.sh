@@ -27,10 +27,31 @@ run() {
     row "$name" "logs/$name.log" "$status" $((SECONDS - begin))
 }
 
+# What a user would do: the card answers 32 requests in one batch, this machine's CPU derives every bit again; a changed logprob is noticed.
+end_to_end() {
+    local i model answers
+    ./bitfast selfcheck --device cuda || return 1
+    for i in $(seq 32); do
+        printf '{"prompt_token_ids": [%s], "max_tokens": 32, "temperature": 0.%d, "seed": %d, "logprobs": 3, "ignore_eos": true}\n' \
+            "$(seq -s, "$i" $((3 * i + 5)))" $((i % 9)) "$i"
+    done >logs/prompts.jsonl
+    for model in fixtures/models/llama-untied fixtures/models/qwen3-untied; do
+        answers=logs/$(basename "$model").jsonl
+        rm -f "$answers"
+        ./bitfast run -q -m "$model" --skip-tokenizer-init --device cuda --kv-cache-memory 1GiB --prompts logs/prompts.jsonl --output "$answers" || return 1
+        ./bitfast verify -q -m "$model" "$answers" || return 1
+        sed '9s/"logprob":-[0-9.]*/"logprob":-1.5/' "$answers" >logs/changed.jsonl
+        ./bitfast verify -q -m "$model" logs/changed.jsonl
+        [ $? = 1 ] || { echo "the change was not noticed"; return 1; }
+    done
+    echo "test result: ok. 5 passed; 0 failed"
+}
+
 if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; fi
 for binary in selfcheck twin_* unconstrained golden_* law_*; do
     if [ "${1:-}" != --only-sanitizer ] && [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
 done
+if [ "${1:-}" != --only-sanitizer ] && [ -x bitfast ]; then run end-to-end end_to_end; fi
 case ${1:-} in --sanitizer | --only-sanitizer)
     for tool in memcheck racecheck; do
         for binary in twin_*; do
