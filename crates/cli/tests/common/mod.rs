@@ -27,18 +27,13 @@ pub struct Server {
 
 impl Server {
     pub fn start(flags: &[&str]) -> Self {
+        Self::of("tiny-llama", flags)
+    }
+
+    pub fn of(model: &str, flags: &[&str]) -> Self {
         let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/bytes-tokenizer");
-        let fixed = [
-            "serve",
-            "--model",
-            "tiny-llama",
-            "--load-format",
-            "dummy",
-            "--device",
-            "cpu",
-            "--host",
-            "127.0.0.1",
-        ];
+        let fixed =
+            ["serve", "--model", model, "--load-format", "dummy", "--device", "cpu", "--host", "127.0.0.1"];
         let mut command = bitfast(&fixed);
         command.args(["--port", "0", "--threads", "2", "--tokenizer"]).arg(tokenizer).args(flags);
         let mut child = command.spawn().unwrap();
@@ -57,11 +52,28 @@ impl Server {
     }
 
     pub fn get(&self, path: &str) -> String {
+        self.ask("GET", path)
+    }
+
+    pub fn post(&self, path: &str) -> String {
+        self.ask("POST", path)
+    }
+
+    fn ask(&self, method: &str, path: &str) -> String {
         let mut socket = TcpStream::connect(&self.address).unwrap();
-        write!(socket, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        write!(
+            socket,
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+        )
+        .unwrap();
         let mut text = String::new();
         socket.read_to_string(&mut text).unwrap();
         text
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 }
 
