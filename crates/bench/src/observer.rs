@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// Hears how a long run goes: a progress bar, or nothing.
@@ -54,4 +55,22 @@ impl Cancel {
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime of one thread").block_on(future)
+}
+
+/// [`block_on`] for a tool that can be broken off: SIGTERM is taken for that, as Ctrl-C is by the caller. A job that is ended must not
+/// leave a server asleep.
+pub fn block_on_until<T>(future: impl Future<Output = T>, cancel: &Cancel) -> T {
+    let cancel = cancel.clone();
+    block_on(async move {
+        let listening = tokio::spawn(async move {
+            // Where signals cannot be had, the process ends as it always does.
+            if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+                terminate.recv().await;
+                cancel.cancel();
+            }
+        });
+        let result = future.await;
+        listening.abort();
+        result
+    })
 }

@@ -24,6 +24,9 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// The percentiles that vLLM reports of a latency.
+    pub const PERCENTILES: [u32; 6] = [10, 25, 50, 75, 90, 99];
+
     /// `None` without values.
     pub fn of(values: Vec<f64>) -> Option<Self> {
         let mut sorted = values.clone();
@@ -36,7 +39,7 @@ impl Summary {
 
     /// Quantiles by name, as vLLM reports them.
     pub fn percentiles(&self) -> BTreeMap<String, f64> {
-        [10, 25, 50, 75, 90, 99].map(|p: u32| (p.to_string(), self.percentile(f64::from(p)))).into()
+        Self::PERCENTILES.map(|p| (p.to_string(), self.percentile(f64::from(p)))).into()
     }
 
     /// The value below which `p` percent are. [0, 100]

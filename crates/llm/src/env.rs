@@ -91,12 +91,12 @@ pub const BENCH: &[EnvVar] = &[
     EnvVar { names: &["VLLM_BENCH_TEMPERATURE"], doc: "of all requests (0.0)" },
     EnvVar {
         names: &["VLLM_BENCH_GPU_MEMORY_UTILIZATION"],
-        doc: "share of a GPU's memory (0.4); nothing on a CPU",
+        doc: "part of a GPU's memory that may be used (0.4); nothing on a CPU",
     },
     EnvVar { names: &["VLLM_BENCH_MAX_MODEL_LEN"], doc: "most tokens of prompt and answer (5120)" },
     EnvVar {
         names: &["VLLM_BENCH_BACKEND"],
-        doc: "accepted without effect: there is one attention backend (FLASH_ATTN)",
+        doc: "attention backend (FLASH_ATTN, which is what ours goes by; others are refused)",
     },
 ];
 

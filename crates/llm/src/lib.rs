@@ -28,8 +28,8 @@ mod verify;
 pub use args::{DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SchedulingPolicy, StepLimits};
 pub use assemble::{Assembler, Chunk, Step};
 pub use bitfast_engine::{
-    EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RequestMetrics,
-    RestoreError, Shutdown, SleepError, SleepLevel, SleepState, StepRecord,
+    Clock, EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RequestMetrics,
+    RestoreError, Shutdown, SleepError, SleepLevel, SleepState, StepRecord, SystemClock,
 };
 pub use bitfast_model::GenerationConfig;
 pub use bitfast_ops::Class;
@@ -47,6 +47,7 @@ pub use output::{
 pub use params::SamplingParams;
 pub use request::{Prompt, Request, Stream};
 pub use selfcheck::{SelfCheck, SelfCheckFinding, selfcheck};
+pub use start::settle_device;
 pub use structured::Structured;
 pub use verify::{
     Difference, Mismatch, Recorded, RecordedSample, Transcript, Verification, Verifier, VerifyOptions,

@@ -69,6 +69,15 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
     }
 }
 
+/// The device that these arguments would run on, opened for a moment where `auto` leaves it open.
+pub fn settle_device(args: &EngineArgs) -> Result<Device> {
+    Ok(match (args.device, device(args)?) {
+        (Device::Auto, Target::Cpu(_)) => Device::Cpu,
+        (Device::Auto, Target::Cuda(_)) => Device::Cuda(0),
+        (named, _) => named,
+    })
+}
+
 /// The instruction-set path to run on.
 pub(crate) fn isa(args: &EngineArgs) -> Result<Isa> {
     let Some(name) = &args.cpu_isa else { return Ok(Isa::detect()) };

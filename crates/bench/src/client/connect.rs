@@ -1,6 +1,7 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
@@ -8,7 +9,8 @@ use std::sync::{Arc, OnceLock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::error::Error;
@@ -80,12 +82,34 @@ pub trait Connect: Send + Sync {
     fn connect(&self, endpoint: &Endpoint) -> Connecting;
 }
 
-/// TCP, with TLS where the endpoint says so.
-pub struct Network;
+/// TCP, with TLS where the endpoint says so. By default it trusts the public certificate authorities.
+#[derive(Clone, Default)]
+pub struct Network {
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl Network {
+    /// Trusts the certificates in a PEM file too.
+    pub fn trusting(path: &Path) -> Result<Self, Error> {
+        let certificates = CertificateDer::pem_file_iter(path).map_err(|e| Error::file(path, e))?;
+        let mut roots = public_roots();
+        let mut count = 0;
+        for certificate in certificates {
+            let certificate = certificate.map_err(|e| Error::file(path, e))?;
+            roots.add(certificate).map_err(|e| Error::file(path, e))?;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(Error::file(path, "has no certificate in PEM form"));
+        }
+        Ok(Self { tls: Some(tls_config(roots)) })
+    }
+}
 
 impl Connect for Network {
     fn connect(&self, endpoint: &Endpoint) -> Connecting {
         let endpoint = endpoint.clone();
+        let tls = self.tls.clone();
         Box::pin(async move {
             let host = endpoint.host.trim_start_matches('[').trim_end_matches(']').to_string();
             let tcp = TcpStream::connect((host.as_str(), endpoint.port)).await?;
@@ -94,21 +118,25 @@ impl Connect for Network {
                 return Ok(Box::new(tcp) as Box<dyn Stream>);
             }
             let name = ServerName::try_from(host).map_err(io::Error::other)?;
-            let stream = TlsConnector::from(tls_config()).connect(name, tcp).await?;
+            let stream = TlsConnector::from(tls.unwrap_or_else(public_config)).connect(name, tcp).await?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         })
     }
 }
 
-fn tls_config() -> Arc<ClientConfig> {
+fn public_roots() -> RootCertStore {
+    RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() }
+}
+
+fn public_config() -> Arc<ClientConfig> {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
-    let make = || {
-        let roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        Arc::new(builder.expect("the provider has them").with_root_certificates(roots).with_no_client_auth())
-    };
-    CONFIG.get_or_init(make).clone()
+    CONFIG.get_or_init(|| tls_config(public_roots())).clone()
+}
+
+fn tls_config(roots: RootCertStore) -> Arc<ClientConfig> {
+    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    Arc::new(builder.expect("the provider has them").with_root_certificates(roots).with_no_client_auth())
 }
 
 #[cfg(test)]

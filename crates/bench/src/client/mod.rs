@@ -55,7 +55,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { api_key: None, timeout: Duration::from_secs(600), connect: Arc::new(Network) }
+        Self { api_key: None, timeout: Duration::from_secs(600), connect: Arc::new(Network::default()) }
     }
 }
 
@@ -83,7 +83,9 @@ impl Reply {
     pub fn refusal(&self) -> Error {
         let text = String::from_utf8_lossy(&self.body);
         let said = serde_json::from_str::<Value>(&text).ok().and_then(|value| {
-            let message = value.pointer("/error/message").or(value.get("message")).or(value.get("error"));
+            // OpenAI's form, vLLM's older one and that of its key check, and that of its web framework.
+            let known = ["/error/message", "/message", "/error", "/detail"];
+            let message = known.iter().find_map(|place| value.pointer(place));
             message.and_then(Value::as_str).map(str::to_string)
         });
         let message = said.unwrap_or_else(|| text.into_owned()).chars().take(SHOWN).collect();

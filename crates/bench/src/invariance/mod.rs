@@ -10,8 +10,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-pub use phase::{Needle, PhaseReport, run_phase};
+pub use phase::{Needle, PhaseReport, run_phase, run_trials};
 pub use report::{Comparison, Report};
+
+/// What scripts call the attention that Bitfast has: an exact softmax over blocks of keys, on every device.
+pub const ATTENTION: &str = "FLASH_ATTN";
+
+/// Attention backends of vLLM that are not here: their names are known, so that a mistake in a name is told apart.
+const OTHER_ATTENTION: &[&str] = &[
+    "CPU_ATTN",
+    "CUTLASS_MLA",
+    "FLASHINFER",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_DIFFKV",
+    "FLASH_ATTN_MLA",
+    "FLEX_ATTENTION",
+    "ROCM_ATTN",
+    "TORCH_SDPA",
+    "TREE_ATTN",
+    "TRITON_ATTN",
+    "TRITON_MLA",
+    "XFORMERS",
+];
 
 /// What to measure; everything that a phase's process has to know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,11 +61,11 @@ pub struct Settings {
     pub max_tokens: u32,
     /// Of all requests.
     pub temperature: f32,
-    /// Share of a GPU's memory; has no meaning on a CPU.
-    pub gpu_memory_utilization: f32,
+    /// Part of a GPU's memory that a phase may use, above 0 and at most 1; a CPU has no use for it.
+    pub gpu_memory_utilization: f64,
     /// Most tokens of prompt and answer.
     pub max_model_len: usize,
-    /// Name of an attention backend: accepted for the sake of scripts, there is one.
+    /// Name of an attention backend: [`ATTENTION`] is ours, others are refused.
     pub backend: String,
     /// Of prompts, batch sizes and the needle's places.
     pub seed: u64,
@@ -67,7 +88,7 @@ impl Default for Settings {
             temperature: 0.0,
             gpu_memory_utilization: 0.4,
             max_model_len: 5120,
-            backend: "FLASH_ATTN".to_string(),
+            backend: ATTENTION.to_string(),
             seed: 12345,
         }
     }
@@ -98,6 +119,10 @@ impl Settings {
         if !(0.0..=2.0).contains(&self.temperature) {
             return Err(Error::setting("temperature", "must be from 0 to 2"));
         }
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            return Err(Error::setting("gpu-memory-utilization", "must be above 0 and at most 1"));
+        }
+        self.check_backend()?;
         if self.tp_size > 1 {
             let message = format!(
                 "tensor parallel size {} cannot be run: this build splits no layer over devices",
@@ -106,6 +131,19 @@ impl Settings {
             return Err(Error::Cannot(message));
         }
         Ok(())
+    }
+
+    fn check_backend(&self) -> Result {
+        let name = self.backend.as_str();
+        if name == ATTENTION {
+            return Ok(());
+        }
+        let message = if OTHER_ATTENTION.contains(&name) {
+            format!("{name} is an attention backend of vLLM's; Bitfast has one, which goes by {ATTENTION}")
+        } else {
+            format!("{name:?} is no attention backend; Bitfast has one, which goes by {ATTENTION}")
+        };
+        Err(Error::setting("backend", message))
     }
 
     /// The configuration, one line each.
@@ -128,8 +166,8 @@ impl Settings {
                 self.temperature, self.max_model_len, self.seed
             ),
             format!(
-                "Accepted without effect here: GPU memory utilization {}, backend {}",
-                self.gpu_memory_utilization, self.backend
+                "Attention backend: {} (Bitfast's own), GPU memory utilization: {} (of a GPU, if it runs on one)",
+                self.backend, self.gpu_memory_utilization
             ),
         ]
     }
@@ -162,4 +200,59 @@ pub struct PhaseOrder {
     pub phase: Phase,
     /// The same for both.
     pub settings: Settings,
+}
+
+/// What the process of a phase writes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PhaseAnswer {
+    /// It ran.
+    Done(Box<PhaseReport>),
+    /// It cannot run here, and why.
+    Refused(String),
+}
+
+impl From<Result<PhaseReport>> for PhaseAnswer {
+    fn from(result: Result<PhaseReport>) -> Self {
+        match result {
+            Ok(report) => Self::Done(Box::new(report)),
+            Err(error) => Self::Refused(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_done_is_refused_by_name() {
+        let refused = |change: fn(&mut Settings)| {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            settings.check().unwrap_err().to_string()
+        };
+        Settings::default().check().unwrap();
+        assert!(
+            refused(|s| s.backend = "FLASHINFER".into()).starts_with("backend: FLASHINFER is an attention")
+        );
+        assert!(
+            refused(|s| s.backend = "FLASH".into()).starts_with("backend: \"FLASH\" is no attention backend")
+        );
+        assert!(refused(|s| s.gpu_memory_utilization = 0.0).starts_with("gpu-memory-utilization: "));
+        assert!(refused(|s| s.gpu_memory_utilization = f64::NAN).starts_with("gpu-memory-utilization: "));
+        assert!(refused(|s| s.max_prompt = 9).starts_with("max-prompt: 9 is less"));
+        assert!(refused(|s| s.max_model_len = 9).starts_with("max-model-len: 9 is less"));
+        assert!(refused(|s| s.tp_size = 2).contains("tensor parallel size 2"));
+    }
+
+    #[test]
+    fn a_refusal_reaches_the_other_process_in_its_words() {
+        let refused = PhaseAnswer::from(Err(Error::Cannot("no such mode here".into())));
+        let text = serde_json::to_string(&refused).unwrap();
+        assert_eq!(
+            serde_json::from_str::<PhaseAnswer>(&text).unwrap(),
+            PhaseAnswer::Refused("no such mode here".into())
+        );
+    }
 }

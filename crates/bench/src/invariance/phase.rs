@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use bitfast_llm::{EngineArgs, LLM, Prompt, Request, RequestOutput, SamplingParams};
+use bitfast_llm::{EngineArgs, LLM, Prompt, Request, RequestOutput, SamplingParams, settle_device};
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, PhaseOrder, Settings};
@@ -35,6 +35,8 @@ pub struct PhaseReport {
     pub prompt_tokens: usize,
     /// Of all answers.
     pub total_tokens: usize,
+    /// Of all trials.
+    pub total_prompts: usize,
     /// What became of the needle.
     pub needle: Needle,
     /// What it ran on.
@@ -60,6 +62,9 @@ struct Trial {
     needle: usize,
 }
 
+/// Tokens of a prompt and of an answer in the first part of the warm-up.
+const WARM_UP_PROMPT: usize = 8;
+const WARM_UP_TOKENS: u32 = 3;
 /// Streams of the seed.
 const NEEDLE: u64 = 1 << 40;
 const DRAWS: u64 = 1 << 41;
@@ -68,21 +73,35 @@ const DRAWS: u64 = 1 << 41;
 pub fn run_phase(order: &PhaseOrder, observer: &dyn Observer) -> Result<PhaseReport> {
     let settings = &order.settings;
     settings.check()?;
+    let mut args = engine_args(settings)?;
+    // `auto` may mean another device without the law: both phases run where the lawful one does.
+    args.device = settle_device(&args)?;
+    args.batch_invariant = order.phase == Phase::BatchInvariant;
     let begin = Instant::now();
-    let llm = LLM::new(engine_args(order)?)?;
+    let llm = LLM::new(args)?;
     let init_time = begin.elapsed().as_secs_f64();
+    run_trials(&llm, settings, init_time, observer)
+}
+
+/// Warms an engine up and runs the trials on it; `init_time` is told in the report. s
+pub fn run_trials(
+    llm: &LLM,
+    settings: &Settings,
+    init_time: f64,
+    observer: &dyn Observer,
+) -> Result<PhaseReport> {
     let info = llm.info();
     if settings.max_prompt + settings.max_tokens as usize > info.max_model_len {
         let message = format!("the model takes at most {} tokens of prompt and answer", info.max_model_len);
         return Err(Error::setting("max-prompt", message));
     }
     let trials = draw(settings, info.vocab_size as u32);
-    warm_up(&llm, settings)?;
+    warm_up(llm, settings)?;
     observer.begin(trials.len() as u64, "trials");
     let (mut times, mut needles) = (Vec::new(), Vec::new());
     for (number, trial) in trials.iter().enumerate() {
         let begin = Instant::now();
-        let needle = generate(&llm, settings, trial)?;
+        let needle = generate(llm, settings, trial)?;
         times.push(begin.elapsed().as_secs_f64());
         needles.push(needle);
         observer.advance(1);
@@ -105,6 +124,7 @@ pub fn run_phase(order: &PhaseOrder, observer: &dyn Observer) -> Result<PhaseRep
         trial_batch_sizes: sizes,
         prompt_tokens: trials.iter().flat_map(|t| &t.prompts).map(Vec::len).sum(),
         total_tokens,
+        total_prompts: requests,
         needle: Needle {
             positions: trials.iter().map(|t| t.needle).collect(),
             bit_equal: first_difference.is_none(),
@@ -115,8 +135,8 @@ pub fn run_phase(order: &PhaseOrder, observer: &dyn Observer) -> Result<PhaseRep
     })
 }
 
-fn engine_args(order: &PhaseOrder) -> Result<EngineArgs> {
-    let settings = &order.settings;
+/// A lawful engine's arguments.
+fn engine_args(settings: &Settings) -> Result<EngineArgs> {
     let mut args = EngineArgs::new(&settings.model).with_env()?;
     args.load_format = settings.load_format.parse()?;
     args.device = settings.device.parse()?;
@@ -124,13 +144,14 @@ fn engine_args(order: &PhaseOrder) -> Result<EngineArgs> {
     if let Some(memory) = &settings.kv_cache_memory {
         args.kv_cache_memory = memory.parse()?;
     }
+    args.gpu_memory_utilization = settings.gpu_memory_utilization;
     args.max_model_len = Some(settings.max_model_len);
     args.max_num_seqs = Some(settings.batch_size);
     args.max_num_queued_reqs = args.max_num_queued_reqs.max(settings.batch_size);
     // The needle comes in every trial: it must be computed in every trial.
     args.enable_prefix_caching = false;
     args.skip_tokenizer_init = true;
-    args.batch_invariant = order.phase == Phase::BatchInvariant;
+    args.batch_invariant = true;
     Ok(args)
 }
 
@@ -152,15 +173,23 @@ fn draw(settings: &Settings, vocab: u32) -> Vec<Trial> {
     trials.collect()
 }
 
-/// Everything that a first time costs: one request alone, then a full batch with the longest prompt in it.
+/// Everything that a first time costs. Batches of short prompts in doubling sizes are complete while they decode, so that every
+/// class of decode step comes up; one trial of the full size, with other prompts, is everything else.
 fn warm_up(llm: &LLM, settings: &Settings) -> Result {
     let vocab = llm.info().vocab_size as u32;
-    let short = |stream: u64| token_ids(settings.min_prompt, vocab, !settings.seed, stream);
-    let long = token_ids(settings.max_prompt, vocab, !settings.seed, u64::MAX);
-    let few = Settings { max_tokens: settings.max_tokens.min(2), ..settings.clone() };
-    generate(llm, &few, &Trial { prompts: vec![short(0)], needle: 0 })?;
-    let batch = (1..settings.batch_size as u64).map(short).chain([long]).collect();
-    generate(llm, &few, &Trial { prompts: batch, needle: 0 }).map(drop)
+    let short = settings.min_prompt.min(WARM_UP_PROMPT);
+    let few = Settings { max_tokens: settings.max_tokens.min(WARM_UP_TOKENS), ..settings.clone() };
+    let sizes = std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|n| *n < settings.batch_size);
+    for size in sizes.chain([settings.batch_size]) {
+        let prompts = (0..size as u64).map(|i| token_ids(short, vocab, !settings.seed, i)).collect();
+        generate(llm, &few, &Trial { prompts, needle: 0 })?;
+    }
+    let longest = |i: u64| {
+        let len = if i == 0 { settings.max_prompt } else { settings.min_prompt };
+        token_ids(len, vocab, !settings.seed, 1 << 32 | i)
+    };
+    let prompts = (0..settings.batch_size as u64).map(longest).collect();
+    generate(llm, settings, &Trial { prompts, needle: 0 }).map(drop)
 }
 
 /// Runs a batch; gives the needle's tokens and the bits of their log probabilities.

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{PhaseReport, Settings};
+use crate::error::{Error, Result};
 use crate::report::{Bar, Page, bars, timestamp};
 
 /// The law's cost in percent: positive is slower.
@@ -40,8 +41,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Joins both phases.
-    pub fn new(settings: Settings, baseline: PhaseReport, batch_invariant: PhaseReport) -> Self {
+    /// Joins both phases; they must have run on the same device.
+    pub fn new(settings: Settings, baseline: PhaseReport, batch_invariant: PhaseReport) -> Result<Self> {
+        if baseline.device != batch_invariant.device {
+            return Err(Error::Cannot(format!(
+                "the phases ran on different devices and cannot be compared: {} without the law, {} with it; give --device",
+                baseline.device, batch_invariant.device
+            )));
+        }
         let percent = |with: f64, without: f64| (with / without - 1.0) * 100.0;
         let pairs = batch_invariant.trial_times.iter().zip(&baseline.trial_times);
         let paired = crate::Summary::of(pairs.map(|(with, without)| percent(*with, *without)).collect());
@@ -54,7 +61,15 @@ impl Report {
         };
         let invariance_holds = batch_invariant.needle.bit_equal;
         let (timestamp, bitfast_version) = (timestamp(), env!("CARGO_PKG_VERSION"));
-        Self { settings, baseline, batch_invariant, comparison, invariance_holds, timestamp, bitfast_version }
+        Ok(Self {
+            settings,
+            baseline,
+            batch_invariant,
+            comparison,
+            invariance_holds,
+            timestamp,
+            bitfast_version,
+        })
     }
 
     fn summary(&self) -> String {

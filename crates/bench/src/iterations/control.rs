@@ -229,6 +229,9 @@ impl Control {
         }
         let first = since.values().min().copied().unwrap_or(0);
         let reply = self.client.get(&format!("/debug/step_stats?since={first}")).await?;
+        if matches!(reply.status, 404 | 405) {
+            return Ok(Vec::new());
+        }
         if reply.status != 200 {
             return Err(reply.refusal());
         }
@@ -236,6 +239,12 @@ impl Control {
             .map_err(|e| Error::answer(&reply.url, format!("cannot be read: {e}")))?;
         let after = |s: &StepStat| s.id > since.get(&s.engine).copied().unwrap_or(0);
         Ok(parsed.steps.into_iter().filter(after).collect())
+    }
+
+    /// Whether the server tells the times of its steps.
+    pub async fn keeps_steps(&self) -> Result<bool> {
+        let route = format!("/debug/step_stats?since={}", u32::MAX);
+        Ok(self.dialect == Dialect::Bitfast && self.client.get(&route).await?.status == 200)
     }
 
     /// Ids of the last steps so far.

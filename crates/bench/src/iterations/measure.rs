@@ -103,12 +103,9 @@ impl Bench<'_> {
         if each == 0 || wall_ms <= 0.0 {
             return None;
         }
-        let note = "steps are too short to be told apart by the client: in some rounds decode is the sum of the \
-                    servers' step times";
-        if !self.notes.iter().any(|n| n == note) {
-            self.observer.say(note);
-            self.notes.push(note.to_string());
-        }
+        let note = "steps cannot be told apart by the client (too short, or something between buffers the streams): in some \
+                    rounds decode is the sum of the servers' step times";
+        self.note(note.to_string());
         Some((wall_ms / steps.len() as f64 * each as f64, each))
     }
 
@@ -148,7 +145,7 @@ impl Bench<'_> {
     }
 
     /// Queues the batch on sleeping servers, wakes them, and waits for the answers; gives when they were woken.
-    async fn asleep(&self, asks: Vec<(usize, Ask)>) -> Result<(Vec<Asked>, Instant)> {
+    async fn asleep(&mut self, asks: Vec<(usize, Ask)>) -> Result<(Vec<Asked>, Instant)> {
         let mut expected = vec![0u64; self.servers.len()];
         for (control, _) in &self.servers {
             self.sleeper.pause(control).await?;
@@ -182,11 +179,11 @@ impl Bench<'_> {
     }
 
     async fn wait_until_queued(
-        &self,
+        &mut self,
         expected: &[u64],
         running: &mut JoinSet<(usize, Result<Asked>)>,
     ) -> Result {
-        let start = Instant::now();
+        let (start, mut blind) = (Instant::now(), false);
         for ((control, config), &expected) in self.servers.iter().zip(expected) {
             loop {
                 if let Some(done) = running.try_join_next() {
@@ -207,8 +204,7 @@ impl Bench<'_> {
                 }
                 // Stock vLLM renews its metrics in steps only, and a sleeping one makes none.
                 if control.dialect == super::Dialect::Vllm && seen == 0 && start.elapsed() > BLIND_WAIT {
-                    self.observer
-                        .say("the queue cannot be seen while vLLM sleeps: requests got 1 s to arrive");
+                    blind = true;
                     break;
                 }
                 if start.elapsed() > self.settings.queue_timeout {
@@ -222,6 +218,12 @@ impl Bench<'_> {
                 }
                 sleep(POLL).await;
             }
+        }
+        if blind {
+            self.note(
+                "the queue cannot be seen while vLLM sleeps: requests got 1 s to arrive, not confirmed"
+                    .to_string(),
+            );
         }
         Ok(())
     }
@@ -277,6 +279,14 @@ impl Bench<'_> {
         Ok(timed)
     }
 
+    /// Tells something once, and keeps it for the report.
+    pub(super) fn note(&mut self, note: String) {
+        if !self.notes.contains(&note) {
+            self.observer.say(&note);
+            self.notes.push(note);
+        }
+    }
+
     /// What was to be in the cache was there, and nothing else.
     fn check_cache(&mut self, shape: &Shape, asked: &[Asked]) -> Result {
         for one in asked {
@@ -294,11 +304,10 @@ impl Bench<'_> {
                     return Err(Error::answer(&one.url, message));
                 }
                 None if shape.context > 0 => {
-                    let note =
-                        format!("{} does not say how much of a prompt was cached: not checked", one.url);
-                    if !self.notes.contains(&note) {
-                        self.notes.push(note);
-                    }
+                    self.note(format!(
+                        "{} does not say how much of a prompt was cached: not checked",
+                        one.url
+                    ));
                 }
                 _ => {}
             }
@@ -330,7 +339,7 @@ fn decode_ms(asked: &[&Asked], tokens: u64) -> Result<(f64, u64)> {
     if before + 1 > tokens {
         return Err(Error::Cannot(format!(
             "the batch was never complete: a request had all its {tokens} tokens when another had its first; raise \
-             --iterations, or the server's max-num-batched-tokens"
+             --iterations, or the server's max-num-batched-tokens (or something between buffers the streams)"
         )));
     }
     Ok((ms(start, end), tokens - before))
@@ -344,25 +353,58 @@ fn first_tokens(ask: &Ask, count: usize) -> Ask {
     ask
 }
 
-/// Wakes what was put to sleep, on every way out: clones share the list.
+/// Wakes what was put to sleep and ends the profiles that were begun, on every way out: clones share the lists.
 #[derive(Clone, Default)]
 pub struct Sleeper {
-    asleep: Arc<Asleep>,
+    changed: Arc<Changed>,
 }
 
+/// What is to be put back.
 #[derive(Default)]
-struct Asleep(Mutex<Vec<Control>>);
+struct Changed(Mutex<Servers>);
+
+#[derive(Default)]
+struct Servers {
+    asleep: Vec<Control>,
+    profiling: Vec<Control>,
+}
+
+impl Servers {
+    fn is_empty(&self) -> bool {
+        self.asleep.is_empty() && self.profiling.is_empty()
+    }
+}
 
 impl Sleeper {
     /// Puts a server to sleep; from before that on it will be woken.
     pub async fn pause(&self, control: &Control) -> Result {
-        self.asleep.list().push(control.clone());
+        self.changed.servers().asleep.push(control.clone());
         control.pause().await
     }
 
     /// The servers answered after they were woken.
     pub fn is_awake(&self) {
-        self.asleep.list().clear();
+        self.changed.servers().asleep.clear();
+    }
+
+    /// Starts a server's profiler; it will be stopped. One that refused may be somebody else's, and is left alone.
+    pub async fn profile(&self, control: &Control, prefix: &str) -> Result {
+        self.changed.servers().profiling.push(control.clone());
+        let started = control.profile_start(prefix).await;
+        if matches!(&started, Err(e) if e.status().is_some()) {
+            self.changed.servers().profiling.pop();
+        }
+        started
+    }
+
+    /// Stops all profilers that were started; one that did not stop is tried again on the way out.
+    pub async fn end_profiles(&self) -> Result {
+        let profiling = self.changed.servers().profiling.clone();
+        for control in &profiling {
+            control.profile_stop().await?;
+        }
+        self.changed.servers().profiling.clear();
+        Ok(())
     }
 
     /// `work`'s result, or that it was cancelled. Whatever happens, the servers are awake afterwards, or the error says
@@ -381,10 +423,10 @@ impl Sleeper {
         }
     }
 
-    /// Wakes all that may be asleep.
+    /// Wakes all that may be asleep, and ends profiles.
     async fn wake(&self) -> Result {
         let mut result = Ok(());
-        let asleep = std::mem::take(&mut *self.asleep.list());
+        let asleep = std::mem::take(&mut self.changed.servers().asleep);
         for control in asleep {
             let mut woken = control.wake_surely().await;
             if woken.is_ok() && control.is_sleeping().await == Some(true) {
@@ -393,28 +435,34 @@ impl Sleeper {
             }
             result = result.and(woken);
         }
+        // What failed before is the reason to tell; a profile that goes on is only a nuisance.
+        let _ = self.end_profiles().await;
         result
     }
 }
 
-impl Asleep {
-    fn list(&self) -> std::sync::MutexGuard<'_, Vec<Control>> {
+impl Changed {
+    fn servers(&self) -> std::sync::MutexGuard<'_, Servers> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The last way out, a panic, leaves no runtime to wait on: the servers are woken from another thread.
-impl Drop for Asleep {
+impl Drop for Changed {
     fn drop(&mut self) {
-        let asleep = std::mem::take(&mut *self.list());
-        if asleep.is_empty() {
+        let servers = std::mem::take(&mut *self.servers());
+        if servers.is_empty() {
             return;
         }
         let wake = move || {
             crate::observer::block_on(async {
-                for mut control in asleep {
+                for mut control in servers.asleep {
                     control.client = control.client.fresh();
                     let _ = control.wake_surely().await;
+                }
+                for mut control in servers.profiling {
+                    control.client = control.client.fresh();
+                    let _ = control.profile_stop().await;
                 }
             })
         };

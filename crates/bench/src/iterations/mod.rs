@@ -230,6 +230,12 @@ impl<'a> Bench<'a> {
                 return Err(Error::setting("batch-size", message));
             }
         }
+        for (control, config) in &servers {
+            if control.dialect == Dialect::Bitfast && !control.keeps_steps().await? {
+                notes
+                    .push(format!("{}: no server step times; times are the client's alone", config.endpoint));
+            }
+        }
         for note in &notes {
             observer.say(note);
         }
@@ -262,13 +268,10 @@ impl<'a> Bench<'a> {
     async fn profiled(&mut self, shape: &Shape) -> Result {
         let prefix = shape.trace_prefix();
         for (control, _) in &self.servers {
-            control.profile_start(&prefix).await?;
+            self.sleeper.profile(control, &prefix).await?;
         }
-        let round = self.once(shape).await;
-        for (control, _) in &self.servers {
-            control.profile_stop().await?;
-        }
-        round.map(drop)
+        self.once(shape).await?;
+        self.sleeper.end_profiles().await
     }
 
     /// Requests of a round, over all ranks.

@@ -78,6 +78,8 @@ pub struct Report {
     pub failed: usize,
     /// Why the first one failed.
     pub first_failure: Option<String>,
+    /// Why the figures are the load generator's more than the server's.
+    pub warning: Option<String>,
     ttfts: Vec<f64>,
     itls: Vec<f64>,
     tpots: Vec<f64>,
@@ -137,6 +139,7 @@ impl Report {
         let report = Self {
             failed: errors.len(),
             first_failure: errors.first().cloned(),
+            warning: load.lag.warning(),
             ttfts: times.iter().map(|t| t.ttft).collect(),
             tpots: times.iter().filter_map(|t| t.tpot).collect(),
             itls: times.iter().flat_map(|t| t.itls.iter().copied()).collect(),
@@ -224,6 +227,7 @@ impl Report {
             }
         }
         lines.push("=".repeat(50));
+        lines.extend(self.warning.iter().map(|warning| format!("warning: {warning}")));
         if let Some(failure) = &self.first_failure {
             lines.push(format!("{} requests failed; the first one: {failure}", self.failed));
         }
@@ -296,6 +300,10 @@ fn checked<'a>(outcome: &'a Outcome, sample: &Sample, exact: bool) -> Result<&'a
     let (got, wanted) = (asked.completion_tokens(), u64::from(sample.output_len));
     if got > wanted || exact && got != wanted {
         return Err(format!("{}: {got} tokens instead of {wanted}", asked.url));
+    }
+    let came: u64 = asked.arrivals.iter().map(|a| a.tokens).sum();
+    if asked.counted && came != got {
+        return Err(format!("{}: {came} tokens came, but usage says {got}", asked.url));
     }
     Ok(asked)
 }

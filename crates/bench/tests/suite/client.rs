@@ -1,8 +1,9 @@
 //! The client against servers that keep to the protocol and that do not.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use bitfast_bench::client::{Ask, Client, Options, Prompt};
+use bitfast_bench::client::{Ask, Client, Network, Options, Prompt};
 
 use crate::fake::{Dialect, Fake, Lie, Setup, endpoint};
 
@@ -93,4 +94,63 @@ async fn over_a_socket_with_a_key() {
     assert_eq!(error.status(), Some(401));
     let nobody = Client::new(endpoint("127.0.0.1:9"), options(None)).complete(&ask(2)).await.unwrap_err();
     assert!(nobody.to_string().starts_with("http://127.0.0.1:9: "), "{nobody}");
+}
+
+/// A certificate for this machine and its key, and the certificate in a PEM file.
+fn certificate(dir: &std::path::Path) -> (rcgen::CertifiedKey<rcgen::KeyPair>, std::path::PathBuf) {
+    let made =
+        rcgen::generate_simple_self_signed(["localhost".to_string(), "127.0.0.1".to_string()]).unwrap();
+    let path = dir.join("cert.pem");
+    std::fs::write(&path, made.cert.pem()).unwrap();
+    (made, path)
+}
+
+#[tokio::test]
+async fn https_is_encrypted_and_certificates_are_checked() {
+    use tokio_rustls::rustls::{ServerConfig, crypto::ring::default_provider};
+    let dir = tempfile::tempdir().unwrap();
+    let (made, pem) = certificate(dir.path());
+    let key = made.signing_key.serialize_der().try_into().unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let fake = Fake::start(Dialect::Plain, Setup::default(), &[]);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (connector, inner) = (fake.connector(), endpoint("fake:1"));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (acceptor, theirs) = (acceptor.clone(), connector.connect(&inner));
+            tokio::spawn(async move {
+                // A client that does not trust us ends here.
+                let Ok(mut ours) = acceptor.accept(stream).await else { return };
+                let _ = tokio::io::copy_bidirectional(&mut ours, &mut theirs.await.unwrap()).await;
+            });
+        }
+    });
+    let client = |network: Network, host: &str| {
+        let options = Options { connect: Arc::new(network), ..Options::default() };
+        Client::new(endpoint(&format!("https://{host}:{port}/v1")), options)
+    };
+    for host in ["localhost", "127.0.0.1"] {
+        let trusting = client(Network::trusting(&pem).unwrap(), host);
+        trusting.stream_all(&ask(3)).await.unwrap().expect_tokens(3, 3).unwrap();
+        trusting.complete(&ask(3)).await.unwrap().expect_tokens(3, 3).unwrap();
+    }
+    let error = client(Network::default(), "localhost").complete(&ask(1)).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with(&format!("https://localhost:{port}: ")) && error.contains("certificate"),
+        "{error}"
+    );
+    // Another certificate for the same name.
+    let (_, other) = certificate(dir.path());
+    let error = client(Network::trusting(&other).unwrap(), "localhost").complete(&ask(1)).await.unwrap_err();
+    assert!(error.to_string().contains("certificate"), "{error}");
+    std::fs::write(&pem, "no certificate").unwrap();
+    assert!(Network::trusting(&pem).err().unwrap().is_user_error());
+    assert!(Network::trusting(&dir.path().join("absent")).err().unwrap().is_user_error());
 }

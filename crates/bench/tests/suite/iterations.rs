@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bitfast_bench::client::Options;
 use bitfast_bench::iterations::{Mode, Report, Settings, run};
 use bitfast_bench::{Cancel, Error, Silent};
 
 use crate::fake::{Dialect, Fake, Lie, Setup};
+use crate::front::{Act, Front, stock_vllm};
 
 fn settings(fakes: &[&Arc<Fake>], mode: Mode) -> Settings {
     Settings {
@@ -308,4 +310,216 @@ async fn reports_have_the_known_keys() {
     assert_eq!((row["mode"].as_str(), row["server_step_ms"]["p90"].as_f64()), (Some("decode"), Some(2.0)));
     assert!(json["timestamp"].is_string() && json["server"][0]["fingerprint"] == "fake-1");
     assert!(report.html().contains("<svg"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stock_vllm_is_timed_as_truly_and_what_it_hides_is_said() {
+    for ranks in [1, 2] {
+        let fake = Fake::start(Dialect::Vllm, Setup { ranks, ..Setup::default() }, &[]);
+        let front = stock_vllm(&fake, None);
+        let batches = vec![1, 7, 64];
+        let with = |mode| Settings {
+            clients: vec![front.client()],
+            context_lens: vec![512],
+            batch_sizes: batches.clone(),
+            ..settings(&[&fake], mode)
+        };
+        let report = measure(&with(Mode::Prefill)).await.unwrap();
+        for row in &report.results {
+            near(row.total_latency_ms, 5.0);
+            assert_eq!(row.prompt_tokens, (row.batch_size * ranks * (512 + 48)) as u64);
+        }
+        for said in ["no server step times", "not confirmed", "does not say how much of a prompt was cached"]
+        {
+            assert!(report.notes.iter().any(|n| n.contains(said)), "{said}: {:?}", report.notes);
+        }
+        for row in measure(&with(Mode::Decode)).await.unwrap().results {
+            near(row.latency_per_iter_ms, 2.0);
+            assert_eq!((row.timed_steps, row.server_step_ms), (9, None));
+        }
+        assert!(!fake.engine.is_paused());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_are_sent_and_refusals_named() {
+    // vLLM's key guards /v1 alone, Bitfast's the control routes too.
+    let fake = Fake::start(Dialect::Vllm, Setup::default(), &[]);
+    let front = stock_vllm(&fake, Some("secret"));
+    let with = |key: Option<&str>| {
+        let api_key = key.map(str::to_string);
+        let client = front.client_with(Options { api_key, ..Options::default() });
+        Settings { clients: vec![client], ..settings(&[&fake], Mode::Prefill) }
+    };
+    for wrong in [None, Some("wrong")] {
+        let error = measure(&with(wrong)).await.unwrap_err();
+        assert_eq!(error.to_string(), "http://fake:1/v1/models: HTTP 401: Unauthorized");
+    }
+    measure(&with(Some("secret"))).await.unwrap();
+
+    let mut fake = Fake::new(Dialect::Bitfast, Setup::default(), &[]);
+    fake.api_key = Some("secret".to_string());
+    let fake = Arc::new(fake);
+    let with = |key: Option<&str>| {
+        let api_key = key.map(str::to_string);
+        let client = fake.client_with(Options { api_key, ..Options::default() });
+        Settings { clients: vec![client], ..settings(&[&fake], Mode::Prefill) }
+    };
+    let error = measure(&with(Some("wrong"))).await.unwrap_err();
+    assert_eq!(error.to_string(), "http://fake:1/debug/config: HTTP 401: no such key");
+    measure(&with(Some("secret"))).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_profiler_that_is_not_there_is_an_error_that_names_its_route() {
+    let fake = Fake::start(Dialect::Vllm, Setup::default(), &[]);
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        clients: vec![stock_vllm(&fake, None).client()],
+        trace_dir: Some(dir.path().to_path_buf()),
+        ..settings(&[&fake], Mode::Prefill)
+    };
+    let error = measure(&settings).await.unwrap_err().to_string();
+    assert_eq!(error, "http://fake:1/start_profile: HTTP 404: Not Found");
+    assert!(!fake.engine.is_paused());
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_step_records_the_times_are_the_clients() {
+    let fake = Fake::start(Dialect::Bitfast, Setup { ranks: 2, ..Setup::default() }, &[]);
+    let front = Front::new(&fake, |seen| match seen.path {
+        "/debug/step_stats" => Act::Answer(404, String::new()),
+        _ => Act::Pass,
+    });
+    for (mode, truth) in [(Mode::Prefill, 5.0), (Mode::Decode, 2.0)] {
+        let settings = Settings { clients: vec![front.client()], ..settings(&[&fake], mode) };
+        let report = measure(&settings).await.unwrap();
+        near(report.results[0].latency_per_iter_ms, truth);
+        assert_eq!(report.results[0].server_step_ms, None);
+        assert!(report.notes.iter().any(|n| n.contains("no server step times")), "{:?}", report.notes);
+        assert!(report.table().ends_with(" -"), "{}", report.table());
+        assert!(report.html().contains("not told"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_the_client_cannot_tell_steps_apart_the_server_can_and_otherwise_it_is_an_error() {
+    let buffered = |fake: &Arc<Fake>| {
+        let front = Front::new(fake, |seen| match seen.path {
+            "/v1/completions" => Act::Buffer,
+            _ => Act::Pass,
+        });
+        Settings { clients: vec![front.client()], ..settings(&[fake], Mode::Decode) }
+    };
+    let fake = Fake::start(Dialect::Bitfast, Setup { ranks: 2, ..Setup::default() }, &[]);
+    let report = measure(&buffered(&fake)).await.unwrap();
+    near(report.results[0].latency_per_iter_ms, 2.0);
+    assert_eq!(report.results[0].timed_steps, 9);
+    assert!(report.notes.iter().any(|n| n.contains("sum of the servers' step times")), "{:?}", report.notes);
+    let fake = Fake::start(Dialect::Vllm, Setup::default(), &[]);
+    let error = measure(&buffered(&fake)).await.unwrap_err().to_string();
+    assert!(error.contains("the batch was never complete"), "{error}");
+    assert!(!fake.engine.is_paused());
+}
+
+/// A run with everything in it: warm-up, contexts, rounds, profile, traces.
+fn everything(fake: &Arc<Fake>, front: &Arc<Front>, dir: &std::path::Path) -> Settings {
+    Settings {
+        clients: vec![front.client()],
+        context_lens: vec![64],
+        batch_sizes: vec![2],
+        iterations: 3,
+        repeats: 1,
+        trace_dir: Some(dir.to_path_buf()),
+        ..settings(&[fake], Mode::Decode)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whichever_request_fails_the_run_fails_and_the_server_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut number, mut failed) = (0, BTreeSet::new());
+    loop {
+        let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[]);
+        let path = Arc::new(std::sync::Mutex::new(String::new()));
+        let hit = path.clone();
+        let front = Front::new(&fake, move |seen| {
+            if seen.number != number {
+                return Act::Pass;
+            }
+            *hit.lock().unwrap() = seen.path.to_string();
+            Act::Answer(500, "{\"error\":{\"message\":\"out of luck\"}}".to_string())
+        });
+        let result = measure(&everything(&fake, &front, dir.path())).await;
+        let path = path.lock().unwrap().clone();
+        assert!(!fake.engine.is_paused(), "asleep after a 500 to request {number}, {path}");
+        assert!(
+            fake.profiling.lock().unwrap().is_none(),
+            "profiling after a 500 to request {number}, {path}"
+        );
+        if path.is_empty() {
+            // No request was so late: the run had ended.
+            result.unwrap();
+            break;
+        }
+        match result {
+            Err(error) => assert!(error.to_string().contains("out of luck"), "{path}: {error}"),
+            // That steps are not told is no failure before any is needed; a trace is asked for again.
+            Ok(report) => assert!(
+                path.starts_with("/debug/traces/") || path == "/debug/step_stats" && !report.notes.is_empty(),
+                "{path}"
+            ),
+        }
+        failed.insert(path);
+        number += 1;
+    }
+    for route in [
+        "/debug/config",
+        "/v1/models",
+        "/v1/completions",
+        "/debug/reset_prefix_cache",
+        "/debug/batch_info",
+        "/debug/step_stats",
+        "/debug/sleep",
+        "/debug/wake_up",
+        "/debug/profile/start",
+        "/debug/profile/stop",
+        "/debug/traces",
+    ] {
+        assert!(failed.contains(route), "{route} never failed: {failed:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whenever_it_is_interrupted_the_server_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    // Held on its way there, or on its way back: the server has done what was asked, and nobody knows.
+    for back in [false, true] {
+        for number in 0.. {
+            let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[]);
+            let cancel = Cancel::default();
+            let switch = cancel.clone();
+            let front = Front::new(&fake, move |seen| {
+                if seen.number != number {
+                    return Act::Pass;
+                }
+                let switch = switch.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                    switch.cancel();
+                });
+                if back { Act::HoldAnswer } else { Act::Hold }
+            });
+            let result = run(&everything(&fake, &front, dir.path()), &cancel, &Silent).await;
+            assert!(!fake.engine.is_paused(), "asleep after Ctrl-C in request {number}");
+            assert!(fake.profiling.lock().unwrap().is_none(), "profiling after Ctrl-C in request {number}");
+            if front.count() <= number {
+                result.unwrap();
+                assert!(number > 20, "{number} requests are less than a run");
+                break;
+            }
+            let error = result.expect_err("a request is never answered");
+            assert!(error.is_interrupt(), "{error}");
+        }
+    }
 }

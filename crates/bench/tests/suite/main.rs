@@ -3,5 +3,8 @@
 mod check;
 mod client;
 mod fake;
+mod front;
 mod iterations;
+mod offline;
 mod serve;
+mod timed;

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use bitfast_bench::load::Arrivals;
 use bitfast_bench::serve::{Dataset, Goodput, Report, Settings, compare, run};
-use bitfast_bench::{Cancel, Silent};
+use bitfast_bench::{Cancel, Observer, Silent};
 
 use crate::fake::{Dialect, Fake, Lie, Setup};
+use crate::front::{Act, Front, stock_vllm};
 
 fn settings(fake: &std::sync::Arc<Fake>) -> Settings {
     Settings {
@@ -98,6 +99,84 @@ async fn figures_are_the_true_ones_under_vllms_names() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn medians_are_true_at_every_batch_on_every_kind_of_server() {
+    for ranks in [1, 2] {
+        for batch in [1, 2, 7, 64] {
+            for dialect in [Dialect::Bitfast, Dialect::Vllm, Dialect::Plain] {
+                let fake = Fake::start(dialect, Setup { ranks, ..Setup::default() }, &[]);
+                let stock = stock_vllm(&fake, None).client();
+                let clients = if dialect == Dialect::Vllm { vec![stock] } else { vec![fake.client()] };
+                let report =
+                    measure(&Settings { clients, num_prompts: batch * ranks, ..settings(&fake) }).await;
+                for (key, truth) in [
+                    ("median_ttft_ms", 5.0),
+                    ("median_itl_ms", 2.0),
+                    ("median_tpot_ms", 2.0),
+                    ("median_e2el_ms", 25.0),
+                ] {
+                    let value = report.json[key].as_f64().unwrap();
+                    assert!((value / truth - 1.0).abs() < 0.05, "{dialect:?} {ranks} {batch} {key}: {value}");
+                }
+                assert_eq!(report.failed, 0);
+                assert_eq!(report.json["client_lag"]["client_was_the_bottleneck"], false);
+            }
+        }
+    }
+}
+
+/// Every answer that is counted takes 40 ms of the generator's only thread.
+struct Busy;
+
+impl Observer for Busy {
+    fn begin(&self, _len: u64, _unit: &str) {}
+    fn advance(&self, _count: u64) {
+        std::thread::sleep(Duration::from_millis(40));
+    }
+    fn end(&self) {}
+    fn say(&self, _line: &str) {}
+}
+
+/// In real time: a sleep is never shorter than it should be.
+#[tokio::test]
+async fn a_generator_that_cannot_keep_up_says_so() {
+    let fake = Fake::start(Dialect::Plain, Setup::default(), &[]);
+    let arrivals = Arrivals::Random { rate: 200.0, burstiness: 1.0 };
+    let settings = Settings { arrivals, ..settings(&fake) };
+    let report = run(&settings, &Cancel::default(), &Busy).await.unwrap();
+    assert_eq!(report.json["client_lag"]["client_was_the_bottleneck"], true);
+    assert!(report.table().contains("warning: the load generator was the bottleneck"), "{}", report.table());
+    assert!(report.html().contains("The load generator was the bottleneck"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_falls_silent_or_refuses_all_is_told() {
+    // Its warm-up is answered, and nothing after it.
+    let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[]);
+    let front = Front::new(&fake, |seen| if seen.number > 3 { Act::Hold } else { Act::Pass });
+    let report = measure(&Settings { clients: vec![front.client()], ..settings(&fake) }).await;
+    assert!(report.failed >= 18, "{}", report.failed);
+    assert!(report.first_failure.unwrap().contains("no answer within 5 s"));
+    // A refused warm-up is a refused run.
+    let front = Front::new(&fake, |seen| match seen.path {
+        "/v1/completions" => Act::Answer(401, "{\"error\":\"Unauthorized\"}".to_string()),
+        _ => Act::Pass,
+    });
+    let settings = Settings { clients: vec![front.client()], ..settings(&fake) };
+    let error = run(&settings, &Cancel::default(), &Silent).await.unwrap_err().to_string();
+    assert_eq!(error, "http://fake:1/v1/completions: HTTP 401: Unauthorized");
+}
+
+#[tokio::test(start_paused = true)]
+async fn random_prompts_have_their_length_and_differ() {
+    let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[]);
+    let report = measure(&settings(&fake)).await;
+    let prompts = fake.prompts.lock().unwrap();
+    let different: std::collections::BTreeSet<_> = prompts.iter().map(|p| p[..16].to_vec()).collect();
+    assert!(prompts.iter().all(|p| p.len() == 40) && different.len() == prompts.len());
+    assert_eq!(report.json["total_input_tokens"], 20 * 40);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_loop_is_open_unless_concurrency_holds_it_back() {
     // A step takes 100 ms, requests come every 10 ms: an open loop does not wait for answers.
     let slow = Setup { prefill: Duration::from_millis(100), ..Setup::default() };
@@ -120,6 +199,7 @@ async fn failures_are_counted_and_named() {
         (Lie::ClosesMidBody, "broke off"),
         (Lie::PromptTokens, "usage says 41 prompt tokens, 40 were sent"),
         (Lie::CompletionTokens, "12 tokens instead of 11"),
+        (Lie::DropsAToken, "12 tokens instead of 11"),
     ] {
         let fake = Fake::start(Dialect::Vllm, Setup::default(), &[lie]);
         let report = measure(&settings(&fake)).await;

@@ -11,6 +11,9 @@ pub struct RemoteFlags {
     /// Key of the servers [default: BITFAST_API_KEY]
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// PEM file of certificates to trust besides the public ones, for https servers
+    #[arg(long, value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
     /// Name of the model [default: what the server serves]
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
@@ -122,7 +125,7 @@ pub struct InvarianceArgs {
     /// auto, safetensors, gguf, or dummy (made-up weights)
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     pub load_format: String,
-    /// auto or cpu
+    /// auto (a GPU that can run it, else the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
     /// Worker threads [default: one per core]
@@ -152,13 +155,13 @@ pub struct InvarianceArgs {
     /// Of all requests [default: 0]
     #[arg(long, value_name = "T")]
     pub temperature: Option<f32>,
-    /// Share of a GPU's memory; nothing on a CPU [default: 0.4]
-    #[arg(long, value_name = "SHARE")]
-    pub gpu_memory_utilization: Option<f32>,
+    /// Part of a GPU's memory that a phase may use; nothing on a CPU [default: 0.4]
+    #[arg(long, value_name = "X")]
+    pub gpu_memory_utilization: Option<f64>,
     /// Most tokens of prompt and answer [default: 5120]
     #[arg(long, value_name = "N")]
     pub max_model_len: Option<usize>,
-    /// Accepted for the sake of scripts: there is one attention backend [default: FLASH_ATTN]
+    /// Attention backend: Bitfast has one, which goes by FLASH_ATTN; other names are refused [default: FLASH_ATTN]
     #[arg(long, value_name = "NAME")]
     pub backend: Option<String>,
     /// Of prompts, batch sizes and the needle's places

@@ -1,12 +1,15 @@
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use bitfast_bench::invariance::{Phase, PhaseOrder, PhaseReport, Report, Settings, run_phase};
+use bitfast_bench::invariance::{Phase, PhaseAnswer, PhaseOrder, PhaseReport, Report, Settings, run_phase};
 
 use super::flags::InvarianceArgs;
 use super::remote;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, INTERRUPTED, Outcome};
+use crate::interrupt;
 
 /// `bitfast bench batch-invariance`: code 1 where a mode cannot run, or where the law does not hold.
 pub fn invariance(args: &InvarianceArgs) -> Outcome {
@@ -21,7 +24,7 @@ pub fn invariance(args: &InvarianceArgs) -> Outcome {
     }
     let baseline = in_own_process(args, &settings, Phase::Baseline)?;
     let lawful = in_own_process(args, &settings, Phase::BatchInvariant)?;
-    let report = Report::new(settings, baseline, lawful);
+    let report = Report::new(settings, baseline, lawful)?;
     remote::finish(&args.output, &report.table(), &report, || report.html())?;
     if report.invariance_holds { Ok(()) } else { Err(Exit::Reported(1)) }
 }
@@ -80,12 +83,29 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
     let order = serde_json::to_vec(&PhaseOrder { phase, settings: settings.clone() }).expect("plain data");
     // The child reads all of it before it does anything; a child that died is told by its status.
     drop(child.stdin.take().map(|mut stdin| stdin.write_all(&order)));
-    let output = child.wait_with_output().map_err(|e| failed(e.to_string()))?;
-    if !output.status.success() {
-        // It has said why.
-        return Err(failed("cannot run here; its process said why".to_string()));
+    let mut stdout = child.stdout.take().expect("it is piped");
+    let child = Arc::new(Mutex::new(child));
+    let (stop, interrupted) = (child.clone(), Arc::new(AtomicBool::new(false)));
+    let seen = interrupted.clone();
+    let end = move || {
+        seen.store(true, Ordering::SeqCst);
+        // It may have ended by itself: a terminal tells it of Ctrl-C too.
+        let _ = stop.lock().unwrap_or_else(PoisonError::into_inner).kill();
+    };
+    let mut answer = Vec::new();
+    let read = interrupt::catch(end, || stdout.read_to_end(&mut answer));
+    let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
+    if interrupted.load(Ordering::SeqCst) {
+        return Err(Exit::Reported(INTERRUPTED));
     }
-    let report: PhaseReport = serde_json::from_slice(&output.stdout).map_err(|e| failed(e.to_string()))?;
+    let status = read.and(status).map_err(|e| failed(e.to_string()))?;
+    if !status.success() {
+        return Err(failed(format!("its process ended with {status}")));
+    }
+    let report = match serde_json::from_slice(&answer).map_err(|e| failed(e.to_string()))? {
+        PhaseAnswer::Done(report) => *report,
+        PhaseAnswer::Refused(reason) => return Err(failed(format!("cannot run here: {reason}"))),
+    };
     if !args.quiet {
         eprintln!(
             "  init {:.2} s; trials avg {:.2} s, min {:.2} s, max {:.2} s; {} tokens, {:.1} tokens/s, {:.2} prompts/s",
@@ -101,14 +121,14 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
     Ok(report)
 }
 
-/// The process of one phase.
+/// The process of one phase. What it cannot do is an answer too.
 fn phase(quiet: bool) -> Outcome {
     let mut text = String::new();
     let read = std::io::stdin().read_to_string(&mut text);
     read.map_err(|e| Exit::Ours(format!("standard input: {e}")))?;
     let order: PhaseOrder =
         serde_json::from_str(&text).map_err(|e| Exit::Ours(format!("no order of a phase: {e}")))?;
-    let report = run_phase(&order, &remote::Bar::new(quiet))?;
-    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    let answer = PhaseAnswer::from(run_phase(&order, &remote::Bar::new(quiet)));
+    println!("{}", serde_json::to_string(&answer).expect("plain data"));
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! What tools that ask servers have in common: addresses, keys, progress, files.
 
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bitfast_bench::client::{Client, Endpoint, Options, check_api_key};
-use bitfast_bench::{Cancel, Error, Observer, block_on, report};
+use bitfast_bench::client::{Client, Endpoint, Network, Options, check_api_key};
+use bitfast_bench::{Cancel, Error, Observer, block_on_until, report};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -35,15 +35,17 @@ pub fn clients(addresses: &[String], flags: &RemoteFlags) -> Outcome<Vec<Client>
     if !(flags.timeout > 0.0 && flags.timeout < 1e9) {
         return Err(Exit::User("timeout: must be a number of seconds above 0".into()));
     }
-    let options = Options { api_key, timeout: Duration::from_secs_f64(flags.timeout), ..Options::default() };
+    let network = flags.ca_cert.as_deref().map_or(Ok(Network::default()), Network::trusting)?;
+    let timeout = Duration::from_secs_f64(flags.timeout);
+    let options = Options { api_key, timeout, connect: Arc::new(network) };
     let parse = |text: &String| Ok(Client::new(text.trim().parse::<Endpoint>()?, options.clone()));
     addresses.iter().map(parse).collect()
 }
 
-/// Runs a tool; the first Ctrl-C breaks it off so that it can tidy up, a second one ends the program.
+/// Runs a tool; the first Ctrl-C (or SIGTERM) breaks it off so that it can tidy up, a second Ctrl-C ends the program.
 pub fn run<T>(future: impl Future<Output = Result<T, Error>>, cancel: &Cancel) -> Outcome<T> {
     let switch = cancel.clone();
-    Ok(interrupt::catch(move || switch.cancel(), || block_on(future))?)
+    Ok(interrupt::catch(move || switch.cancel(), || block_on_until(future, cancel))?)
 }
 
 /// A progress bar as an observer.
