@@ -1,6 +1,6 @@
 /// Tiles of 64 keys in a split, such that `blocks` rows of splits (items times key/value heads), the longest of `tiles` tiles, fill `places` thread
-/// blocks that run side by side: the fewest splits whose waves waste at most 15% more of the card than the best number does
-/// (FlashAttention's rule).
+/// blocks that run side by side: the fewest splits whose waves leave at most 10% more of the card idle than the best number does. Its last block
+/// folds a row's splits one by one, so that more than the root of its length are slower however idle the card is (LOG.md, "the unconstrained mode").
 pub(crate) fn split_tiles(blocks: usize, tiles: usize, places: usize) -> usize {
     let tiles = tiles.max(1);
     // Nearly full as it is: to split only adds partial results.
@@ -13,9 +13,10 @@ pub(crate) fn split_tiles(blocks: usize, tiles: usize, places: usize) -> usize {
     };
     // Of numbers that give splits of one length only the smallest counts.
     let worth = |splits: &usize| *splits == 1 || tiles.div_ceil(*splits) != tiles.div_ceil(splits - 1);
-    let candidates = || (1..=tiles.min(places)).filter(worth);
+    let most = (1.5 * (tiles as f64).sqrt()).ceil() as usize;
+    let candidates = || (1..=tiles.min(most)).filter(worth);
     let best = candidates().map(filled).fold(0.0, f64::max);
-    let splits = candidates().find(|splits| filled(*splits) >= 0.85 * best);
+    let splits = candidates().find(|splits| filled(*splits) >= 0.9 * best);
     tiles.div_ceil(splits.expect("the best one is one of them"))
 }
 
@@ -25,12 +26,12 @@ mod tests {
 
     #[test]
     fn splits_fill_the_card_and_no_more() {
-        // One sequence of 1024 keys over 8 heads: every tile a block of its own, 128 of 264 places.
-        assert_eq!(split_tiles(8, 16, 264), 1);
-        // Of 8192 keys: 32 splits of 4 tiles are 256 blocks.
-        assert_eq!(split_tiles(8, 128, 264), 4);
-        // Four sequences: 7 splits of up to 19, 224 blocks; an eighth would fill 256.
-        assert_eq!(split_tiles(32, 128, 264), 19);
+        // One sequence over 8 heads cannot fill it: 1024 keys are 6 splits, 8192 are 15.
+        assert_eq!(split_tiles(8, 16, 264), 3);
+        assert_eq!(split_tiles(8, 128, 264), 9);
+        // Four sequences: 8 splits of 16 tiles, 256 blocks; sixteen: two halves.
+        assert_eq!(split_tiles(32, 128, 264), 16);
+        assert_eq!(split_tiles(128, 128, 264), 64);
         // A full card is not split, nor is nothing.
         assert_eq!(split_tiles(256, 128, 264), 128);
         assert_eq!(split_tiles(8, 1, 264), 1);
