@@ -61,6 +61,11 @@ impl StartBar {
                 }
                 self.bar = Some(bar);
             }
+            Progress::Note(note) => {
+                if !self.quiet {
+                    eprintln!("{note}");
+                }
+            }
             Progress::Bytes(bytes) => {
                 if let Some(bar) = &self.bar {
                     bar.set_position(bytes);

@@ -66,7 +66,7 @@ fn locate(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<(ModelFiles,
 /// Finds, opens and loads everything, and starts the engine.
 pub(crate) fn load(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Parts> {
     args.validate()?;
-    let device = start::device(args)?;
+    let device = start::device(args, &mut *on_progress)?;
     let (files, gguf) = locate(args, &mut *on_progress)?;
     let bad =
         |e: &dyn std::fmt::Display| Error::BadModel { name: args.model.clone(), message: e.to_string() };

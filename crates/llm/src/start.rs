@@ -39,7 +39,7 @@ pub(crate) enum Target {
 }
 
 /// Opens the device that was asked for, before anything is fetched.
-pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
+pub(crate) fn device(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Target> {
     let isa = isa(args)?;
     match args.device {
         Device::Cpu => Ok(Target::Cpu(isa)),
@@ -50,7 +50,11 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
             Ok(gpu) => Ok(Target::Cuda(Box::new(gpu))),
             // A baseline on another device than the law's would tell nothing.
             Err(e @ CudaError::NoCublasLt(_)) => Err(Error::invalid("batch_invariant", e.to_string())),
-            Err(_) => Ok(Target::Cpu(isa)),
+            Err(CudaError::NoDriver(_) | CudaError::NoDevice { .. }) => Ok(Target::Cpu(isa)),
+            Err(e) => {
+                on_progress(Progress::Note(format!("the GPU is left alone: {e}")));
+                Ok(Target::Cpu(isa))
+            }
         },
         Device::Cuda(ordinal) => {
             if args.numerics == Some(Class::Portable) {
@@ -71,7 +75,7 @@ pub(crate) fn device(args: &EngineArgs) -> Result<Target> {
 
 /// The device that these arguments would run on, opened for a moment where `auto` leaves it open.
 pub fn settle_device(args: &EngineArgs) -> Result<Device> {
-    Ok(match (args.device, device(args)?) {
+    Ok(match (args.device, device(args, &mut |_| ())?) {
         (Device::Auto, Target::Cpu(_)) => Device::Cpu,
         (Device::Auto, Target::Cuda(_)) => Device::Cuda(0),
         (named, _) => named,

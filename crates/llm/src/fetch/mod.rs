@@ -51,6 +51,8 @@ pub enum Progress {
     Bytes(u64),
     /// The current item is complete.
     Done,
+    /// Something that the user may want to know, in words.
+    Note(String),
 }
 
 /// Receives [`Progress`]; it is called from the thread that fetches and loads.
