@@ -54,7 +54,8 @@ pub enum Command {
     ///
     /// Works on every OpenAI-compatible server, with the standard API alone; a Bitfast server is also paused to make
     /// batches for sure, and its cache is reset. Bits, not tolerances: tokens, logprobs, texts. Exit code 0: every
-    /// property that could be checked holds; 1: one does not, and the first difference is named.
+    /// property that could be tested holds; 1: one does not, and the first difference is named; 2: the server could not
+    /// be checked, or nothing could be tested under load.
     Check(Box<CheckArgs>),
     /// Measure speed
     #[command(subcommand)]

@@ -122,7 +122,7 @@ pub async fn ragged(probe: &Probe, scale: &Scale) -> Result<Outcome> {
 
 /// Short prompts among long ones that together overflow a step, where the context and a limit allow it.
 fn ragged_lengths(budget: Option<usize>, scale: &Scale, possible: impl Fn(usize) -> usize) -> Vec<usize> {
-    let total = budget.map_or(scale.ragged, |budget| (budget + budget / 8 + 32).min(MOST_RAGGED));
+    let total = budget.map_or(scale.ragged, |budget| (budget + budget / 16 + 32).min(MOST_RAGGED));
     let unit = possible((total * 2 / 5).max(16));
     let mut lengths = vec![1, 2, unit, 7, possible(unit / 2), 33, possible(unit + 13), 3];
     let places = lengths.len();

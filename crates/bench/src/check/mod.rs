@@ -75,8 +75,8 @@ struct Scale {
 }
 
 const QUICK: Scale = Scale {
-    tokens: 12,
-    short: 5,
+    tokens: 10,
+    short: 4,
     long: 24,
     batches: &[2, 8],
     positions: 8,
@@ -85,7 +85,7 @@ const QUICK: Scale = Scale {
     cached: 200,
     scored: 3,
     rounds: 1,
-    digest: 8,
+    digest: 6,
 };
 
 const FULL: Scale = Scale {

@@ -131,6 +131,8 @@ impl Outcome {
 #[derive(Default)]
 pub(super) struct Tally {
     compared: Counts,
+    /// Of all their texts.
+    bytes: usize,
     first: Option<Difference>,
     load: Option<Load>,
 }
@@ -145,6 +147,7 @@ impl Tally {
     pub fn compare(&mut self, request: impl Into<String>, expected: &Answer, found: &Answer) {
         let (counts, first) = compare(&request.into(), expected, found);
         self.compared += counts;
+        self.bytes += expected.text.len() + found.text.len();
         self.first = self.first.take().or(first);
     }
 
@@ -185,8 +188,11 @@ impl Tally {
                 "nothing tells whether the load was concurrent: no streams, no records of steps".to_string()
             }
         });
+        let nothing =
+            (self.compared.tokens == 0 && self.bytes == 0).then(|| "all answers are empty".to_string());
+        let reason = no_load.or(reason).or(nothing);
         let ran = Ran { compared: self.compared, load: self.load, detail: detail.into() };
-        match (self.first, no_load.or(reason)) {
+        match (self.first, reason) {
             (Some(difference), _) => Outcome::Fail { ran, difference },
             (None, Some(reason)) => Outcome::NotTested { ran, reason },
             (None, None) => Outcome::Pass(ran),

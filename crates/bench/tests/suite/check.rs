@@ -92,7 +92,7 @@ async fn each_fault_is_found_by_its_properties_and_no_other() {
     let of = |fault| faulty(Dialect::Bitfast, fault);
     let table: [(&str, Arc<Fake>, &[&str], &str); 10] = [
         ("again", lying(Lie::FourthTimeDiffers), &["repeat"], "repetition 3, token 0: logprob -"),
-        ("two rows", of(Fault::TwoRows), &["batch", "ragged"], "batch of 2, position 0, token 0: logprob -"),
+        ("two rows", of(Fault::TwoRows), &["batch"], "batch of 2, position 0, token 0: logprob -"),
         ("swapped", lying(Lie::SwapsChoices), &["list"], "prompt 0 of 32, token 0: token "),
         ("chunks", of(Fault::Chunks), &["ragged"], "tokens, among others, token 0: logprob -"),
         (
@@ -222,6 +222,9 @@ async fn what_could_not_be_provoked_is_not_tested() {
     let report = check(&Fake::start(Dialect::Bitfast, setup(), &[Lie::IgnoresTemperature])).await;
     assert_eq!(not_tested(&report), ["seed"], "{}", report.table());
     assert!(reason(&report, "seed").contains("nothing is drawn"));
+    let report = check(&Fake::start(Dialect::Plain, setup(), &[Lie::SaysNothing])).await;
+    assert_eq!(report.verdict, Verdict::NotTested, "{}", report.table());
+    assert_eq!(not_tested(&report).len(), report.properties.len(), "{}", report.table());
 }
 
 #[tokio::test(start_paused = true)]

@@ -224,6 +224,7 @@ impl Rank {
         assert_eq!(decoding.len(), self.running.len());
         let rows = self.running.len();
         let somebody_left = self.running.iter().any(|r| r.sequence.sink.is_closed());
+        let short = self.running.iter().all(|r| r.sequence.prompt.len() < 64);
         let mut row = 0;
         let cache = &mut self.cache;
         self.running.retain_mut(|r| {
@@ -250,7 +251,7 @@ impl Rank {
                 || match setup.fault {
                     None | Some(Fault::SharedDraws | Fault::OtherWeights) => false,
                     Some(Fault::Load) => rows > 1,
-                    Some(Fault::TwoRows) => rows == 2,
+                    Some(Fault::TwoRows) => rows == 2 && short,
                     Some(Fault::OddRowsOf16) => (9..=16).contains(&rows) && row % 2 == 0,
                     Some(Fault::Chunks) => r.chunks > 1,
                     Some(Fault::Cached) => cached >= 64,

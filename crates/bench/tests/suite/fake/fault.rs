@@ -5,7 +5,7 @@
 pub enum Fault {
     /// Any neighbour does.
     Load,
-    /// There is a kernel for two rows.
+    /// There is a kernel for two rows with a short context.
     TwoRows,
     /// There is a kernel for 9 to 16 rows, and its odd rows differ.
     OddRowsOf16,

@@ -69,6 +69,8 @@ pub enum Lie {
     IgnoresSeed,
     /// Draws nothing, at any temperature.
     IgnoresTemperature,
+    /// Every answer is empty.
+    SaysNothing,
     /// Scores with other numbers than it decodes.
     ScoresDiffer,
     /// Remembers what it is asked four times in a row, and not well.

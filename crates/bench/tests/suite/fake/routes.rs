@@ -297,6 +297,8 @@ struct Wanted {
     logprobs: bool,
     echo: bool,
     prompt_logprobs: bool,
+    /// Its text is empty.
+    mute: bool,
     ids: bool,
     /// Tokens are written as ids.
     as_ids: bool,
@@ -338,9 +340,12 @@ async fn completions(fake: Arc<Fake>, request: Request<Incoming>) -> Response<Fe
         return broken();
     }
     let wanted = Wanted {
-        max_tokens: body["max_tokens"].as_u64().unwrap_or(16) as usize
-            - usize::from(chosen && fake.lies(Lie::DropsAToken)),
-        logprobs: !body["logprobs"].is_null() && !fake.lacks(Lack::Logprobs),
+        max_tokens: match body["max_tokens"].as_u64().unwrap_or(16) as usize {
+            _ if fake.lies(Lie::SaysNothing) => 1,
+            count => count - usize::from(chosen && fake.lies(Lie::DropsAToken)),
+        },
+        logprobs: !body["logprobs"].is_null() && !fake.lacks(Lack::Logprobs) && !fake.lies(Lie::SaysNothing),
+        mute: fake.lies(Lie::SaysNothing),
         echo: body["echo"] == true,
         prompt_logprobs: !body["prompt_logprobs"].is_null() && fake.dialect != Dialect::Plain,
         as_ids: body["return_tokens_as_token_ids"] == true,
@@ -446,7 +451,8 @@ fn choice(index: usize, prompt: &[u64], tokens: &[Token], wanted: &Wanted, whole
         ids = prompt.iter().copied().chain(ids).collect();
     }
     let words: Vec<String> = ids.iter().map(|id| word(*id)).collect();
-    let text: String = ids.iter().map(|id| format!(" w{id}")).collect();
+    let shown = if wanted.mute { &[][..] } else { &ids };
+    let text: String = shown.iter().map(|id| format!(" w{id}")).collect();
     let mut value = json!({"index": index, "text": text, "finish_reason": null});
     if wanted.prompt_logprobs {
         let row = |i: usize| match i {
