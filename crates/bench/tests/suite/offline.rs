@@ -148,6 +148,10 @@ fn an_engine_whose_bits_move_does_not_pass_as_invariant() {
         (lawful.total_prompts, lawful.total_tokens),
         (lawful.trial_batch_sizes.iter().sum(), lawful.total_prompts * 5)
     );
+    // The same device with another library.
+    let mut other = lawful.clone();
+    other.device += ", cuBLASLt 13.1.0";
+    assert!(Report::new(trials(), other, lawful.clone()).is_ok());
     // Two machines are no comparison.
     let mut elsewhere = lawful.clone();
     elsewhere.device = "another".to_string();

@@ -8,8 +8,8 @@ use bitfast_ops::{OpId, OpObserver};
 
 use crate::driver::{Device, Event, Stream};
 
-/// The stream's lane.
-const LANE: usize = 0;
+/// The stream's lane; 0 is the engine's thread.
+const LANE: usize = 1;
 
 /// Takes the times of a step's ops. A driver that fails here fails the step as well; the profile only loses spans.
 pub(super) struct Profile {
@@ -23,7 +23,7 @@ pub(super) struct Profile {
 
 impl Profile {
     pub fn new(device: &Device, observer: Arc<dyn OpObserver>, name: &str) -> Self {
-        observer.lane(LANE, name);
+        observer.lane(LANE, &format!("device time of {name}"));
         Self { device: device.clone(), observer, events: Vec::new(), ops: Vec::new() }
     }
 
