@@ -7,6 +7,15 @@ use std::net::TcpListener;
 
 use common::{Server, bitfast, code, error_of, json};
 
+/// An instruction set that this processor would not take unasked; scalar code takes its time.
+fn other_isa() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        return "avx2";
+    }
+    "scalar"
+}
+
 #[test]
 fn bitfast_passes_and_its_answers_can_be_kept() {
     let server = Server::start(&["-dp", "2", "--api-key", "secret"]);
@@ -33,6 +42,13 @@ fn bitfast_passes_and_its_answers_can_be_kept() {
     assert_eq!(code(&output), Some(0));
     let again: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&again["sha256"], &again["properties"][10]["verdict"]), (&report["sha256"], &"pass".into()));
+    // A processor with another instruction set, and two servers at once.
+    let other = Server::with("tiny-llama", &["--api-key", "secret"], &[("BITFAST_CPU_ISA", other_isa())]);
+    let compared = ["check", "-q", "--quick", &other.address, "--api-key", "secret"];
+    let others = ["--against", &file("a.digest"), "--other", &url];
+    let output = bitfast(&[&compared[..], &others].concat()).output().unwrap();
+    assert_eq!(code(&output), Some(0));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("12 passed, 0 failed, 0 not tested"));
     // Another server of another model: equal to itself alone.
     let other = Server::of("tiny-qwen3", &[]);
     let other = ["check", "-q", "--quick", &other.address, "--against", &file("a.digest")];

@@ -31,11 +31,16 @@ impl Server {
     }
 
     pub fn of(model: &str, flags: &[&str]) -> Self {
+        Self::with(model, flags, &[])
+    }
+
+    pub fn with(model: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/bytes-tokenizer");
         let fixed =
             ["serve", "--model", model, "--load-format", "dummy", "--device", "cpu", "--host", "127.0.0.1"];
         let mut command = bitfast(&fixed);
         command.args(["--port", "0", "--threads", "2", "--tokenizer"]).arg(tokenizer).args(flags);
+        command.envs(environment.iter().copied());
         let mut child = command.spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
