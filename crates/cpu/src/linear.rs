@@ -67,7 +67,7 @@ pub(crate) fn linear(
         AForm::Hopper => hopper_rows(workers, x, rows, w.chunks() * CHUNK)?,
     };
     let blocks = RowBlocks::new(path, rows, a_stride, threads);
-    let beside = micro::has_beside(path, rows);
+    let beside = micro::worth_beside(path, rows);
     let job = Job { isa, w, path, leaves, blocks, a, a_stride, ahead: stream_ahead(isa, rows), beside, out };
     workers.reserve(job.slots() * job.slot_len() * 4)?;
     let panels = w.tiles().div_ceil(PANEL);
@@ -217,10 +217,9 @@ struct Lines {
 impl Lines {
     const NONE: Self = Self { start: std::ptr::null(), lines: 0..0 };
 
-    /// Asks for an even share of what is left; `shares` is how many there are, this one included.
-    fn fetch(&mut self, shares: usize) {
-        let share = self.lines.len().div_ceil(shares);
-        self.lines.by_ref().take(share).for_each(|i| micro::fetch(self.start.wrapping_add(i * 64)));
+    /// Asks for up to `lines` of those that are left.
+    fn fetch(&mut self, lines: usize) {
+        self.lines.by_ref().take(lines).for_each(|i| micro::fetch(self.start.wrapping_add(i * 64)));
     }
 }
 
@@ -276,27 +275,36 @@ impl Run<'_, '_> {
         let job = self.job;
         let rows = job.blocks.rows_of(block);
         let c = self.c.wrapping_add(slot % job.slots() * job.slot_len());
-        let chunks_of = |leaf| share(job.w.chunks(), job.leaves.count, leaf);
-        let mut chunks_left: usize = leaves.clone().map(|leaf| chunks_of(leaf).len()).sum();
-        if !job.beside {
-            ahead.iter_mut().for_each(|lines| lines.fetch(1));
-        }
+        let operands = |leaf: usize| {
+            let chunks = share(job.w.chunks(), job.leaves.count, leaf);
+            job.operands(rows.clone(), tiles.clone(), chunks, c.wrapping_add(leaf * job.leaf_len()))
+        };
         let mut waiting = self.waiting.take();
-        for leaf in leaves.clone() {
-            let c = c.wrapping_add(leaf * job.leaf_len());
-            let t = job.operands(rows.clone(), tiles.clone(), chunks_of(leaf), c);
-            let beside = || {
-                ahead.iter_mut().for_each(|lines| lines.fetch(chunks_left));
+        if job.beside {
+            let calls: usize =
+                leaves.clone().map(|leaf| micro::calls_beside(job.path, &operands(leaf))).sum();
+            // What each of them does.
+            let lines = ahead.each_ref().map(|ahead| ahead.lines.len().div_ceil(calls.max(1)));
+            let rows = waiting.as_ref().map_or(0, |waiting| waiting.rows.len().div_ceil(calls.max(1)));
+            let mut beside = || {
+                ahead.iter_mut().zip(lines).for_each(|(ahead, lines)| ahead.fetch(lines));
                 if let Some(waiting) = &mut waiting {
-                    waiting.some(waiting.rows.len().div_ceil(chunks_left));
+                    waiting.some(rows);
                 }
-                chunks_left -= 1;
             };
-            // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
-            // one panel; C is this thread's slot, which no block waits in.
-            unsafe { micro::product_beside(job.path, &t, beside) };
+            for leaf in leaves.clone() {
+                // SAFETY: A has these rows (up to a multiple of 32 of them for AMX) of all chunks; the tiles lie in
+                // one panel; C is this thread's slot, which no block waits in.
+                unsafe { micro::product_beside(job.path, &operands(leaf), &mut beside) };
+            }
+        } else {
+            ahead.iter_mut().for_each(|ahead| ahead.fetch(usize::MAX));
+            for leaf in leaves.clone() {
+                // SAFETY: as above.
+                unsafe { micro::product(job.path, operands(leaf)) };
+            }
         }
-        ahead.iter_mut().for_each(|lines| lines.fetch(1));
+        ahead.iter_mut().for_each(|ahead| ahead.fetch(usize::MAX));
         self.waiting = waiting;
         self.finish_waiting();
         if leaves.end == job.leaves.count {

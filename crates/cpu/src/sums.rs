@@ -7,7 +7,7 @@ use bitfast_ops::{bf16, exact};
 
 use crate::Isa;
 use crate::micro::TILE_N;
-use crate::simd::per_isa;
+use crate::simd::{per_isa, per_isa_narrow};
 use crate::tensor::TensorMut;
 use crate::weight::PANEL;
 
@@ -58,7 +58,9 @@ impl Finish<'_> {
         // SAFETY: the block is this thread's alone, `count` leaves of `leaf_len` sums.
         let c = unsafe { std::slice::from_raw_parts_mut(self.c, self.leaves.count * self.leaf_len) };
         let sums = now.start * PANEL_N..now.end * PANEL_N;
-        join_leaves(self.isa, c, self.leaves, self.leaf_len, sums.clone());
+        if self.leaves.count > 1 {
+            join_leaves(self.isa, c, self.leaves, self.leaf_len, sums.clone());
+        }
         round(self.isa, &c[sums], self.out, self.first_row + now.start, self.tiles.clone());
     }
 }
@@ -96,24 +98,31 @@ per_isa! {
             }
         }
     }
+}
 
+per_isa_narrow! {
     /// Rounds rows of sums into rows `first_row..` of the output.
-    fn round(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
+    fn round<R>(c: &[f32], out: Output<'_>, first_row: usize, tiles: Range<usize>) {
         // Blocks of a known size: the loops become a few vectors.
         let sums = c.as_chunks::<PANEL_N>().0;
         match out {
             Output::Bf16(out) => {
                 let (col, len) = columns(tiles.start, tiles.len(), out.cols());
                 store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; PANEL_N]| {
-                    exact::narrow(sums, out);
+                    // SAFETY: `body` is compiled with the instructions of `R`.
+                    unsafe { R::narrow(sums, out) };
                 });
             }
             Output::SiluMul(out) => {
                 let (col, len) = columns(tiles.start / 2, tiles.len() / 2, out.cols());
                 store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; TILE_N]| {
                     let mut both = [bf16::ZERO; PANEL_N];
-                    exact::narrow(sums, &mut both);
-                    exact::silu_mul(&both[..TILE_N], &both[TILE_N..], out);
+                    // SAFETY: as above.
+                    unsafe { R::narrow(sums, &mut both) };
+                    let silu: [f32; TILE_N] =
+                        std::array::from_fn(|i| exact::silu_mul_unrounded(both[i], both[TILE_N + i]));
+                    // SAFETY: as above.
+                    unsafe { R::narrow(&silu, out) };
                 });
             }
             Output::F32(out) => {

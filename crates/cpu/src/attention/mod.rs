@@ -126,6 +126,13 @@ impl Job<'_> {
         let (run, _session) = self.item(i, scratch);
         run.start(self.q);
         let o_len = self.parts.o_len;
+        if run.splits() == 1 {
+            // Nothing to fold.
+            for (row, state) in run.split(0).iter().enumerate() {
+                self.write(&run, row, run.o(row), state.sum());
+            }
+            return;
+        }
         // SAFETY: parts of this thread's scratch that nothing else touches.
         let (total, folded) = unsafe {
             (

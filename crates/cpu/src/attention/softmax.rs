@@ -76,18 +76,18 @@ impl ScoreTile {
     /// Writes row `i` of P.
     ///
     /// # Safety
-    /// As for [`ScoreTile::row`]; `p_stride` bytes hold 64 numbers of any form.
+    /// As for [`ScoreTile::row`]; `p_stride` bytes hold 64 numbers of any form; the machine has the instructions of `K`.
     #[inline(always)]
-    unsafe fn write(&self, i: usize, exact_p: &[f32; ATTN_TILE_KEYS]) {
-        let rounded = exact_p.map(probability_to_bf16);
+    unsafe fn write<K: Kit>(&self, i: usize, exact_p: &[f32; ATTN_TILE_KEYS]) {
+        let rounded = || exact_p.map(probability_to_bf16);
         let p = self.p.wrapping_add(i * self.p_stride);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's promise, for the machine too.
         unsafe {
             match self.form {
-                AForm::Bf16 => *p.cast::<[bf16; ATTN_TILE_KEYS]>() = rounded,
-                AForm::F32 => exact::widen(&rounded, &mut *p.cast::<[f32; ATTN_TILE_KEYS]>()),
+                AForm::Bf16 => *p.cast::<[bf16; ATTN_TILE_KEYS]>() = K::round(exact_p),
+                AForm::F32 => exact::widen(&rounded(), &mut *p.cast::<[f32; ATTN_TILE_KEYS]>()),
                 AForm::Hopper => {
-                    hopper::pack_row(&rounded, &mut *p.cast::<[AStep; ATTN_TILE_KEYS / hopper::STEP]>());
+                    hopper::pack_row(&rounded(), &mut *p.cast::<[AStep; ATTN_TILE_KEYS / hopper::STEP]>());
                 }
             }
         }
@@ -107,6 +107,15 @@ pub(super) trait Kit {
     /// # Safety
     /// The machine has the instructions; the tile has a row for every state.
     unsafe fn add_keys(state: &mut [RowState], tile: &ScoreTile);
+
+    /// bf16 of a row of probabilities.
+    ///
+    /// # Safety
+    /// The machine has the instructions.
+    #[inline(always)]
+    unsafe fn round(p: &[f32; ATTN_TILE_KEYS]) -> [bf16; ATTN_TILE_KEYS] {
+        p.map(probability_to_bf16)
+    }
 }
 
 struct Plain;
@@ -143,12 +152,20 @@ pub(super) fn softmax_tile(isa: Isa, state: &mut [RowState], tile: &ScoreTile, o
         body::<super::softmax_avx512::Avx512>(state, tile, o, o_len);
     }
     #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+    fn avx512_bf16(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
+        body::<super::softmax_avx512::Avx512Bf16>(state, tile, o, o_len);
+    }
+    #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     fn avx2(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: usize) {
         body::<Plain>(state, tile, o, o_len);
     }
     match isa {
-        // SAFETY: a backend is only built for a path that `Isa::require` found available.
+        // SAFETY: a backend is only built for a path that `Isa::require` found available; the machine was asked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx if is_x86_feature_detected!("avx512bf16") => unsafe { avx512_bf16(state, tile, o, o_len) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Amx | Isa::Avx512 => unsafe { avx512(state, tile, o, o_len) },
         // SAFETY: as above.
@@ -173,7 +190,7 @@ fn body<K: Kit>(state: &mut [RowState], tile: &ScoreTile, o: &mut [f32], o_len: 
             _ => softmax_row::<K, true>(row, s, valid, tile.scale),
         };
         // SAFETY: as above.
-        unsafe { tile.write(i, s) };
+        unsafe { tile.write::<K>(i, s) };
         if scaled != 1.0 {
             o.iter_mut().for_each(|o| *o *= scaled);
         }
@@ -249,7 +266,7 @@ pub(super) fn add_keys(mut sums: [f32; 4], p: &[f32; ATTN_TILE_KEYS]) -> [f32; 4
 
 /// bf16(p) of +0 or a normal number above it: a probability is never NaN, since `larger` takes -125 for NaN.
 #[inline(always)]
-fn probability_to_bf16(p: f32) -> bf16 {
+pub(super) fn probability_to_bf16(p: f32) -> bf16 {
     let bits = p.to_bits();
     bf16::from_bits(((bits.wrapping_add(0x7FFF + (bits >> 16 & 1))) >> 16) as u16)
 }

@@ -1,7 +1,8 @@
-//! Maxima and sums of the softmax in AVX-512: the operations and the order of the plain ones.
+//! Maxima, sums and rounding of the softmax in AVX-512: the operations and the order of the plain ones.
 
 use std::arch::x86_64::*;
 
+use bitfast_ops::bf16;
 use bitfast_ops::contract::ATTN_TILE_KEYS;
 
 use super::softmax::{Kit, RowState, ScoreTile, add_keys};
@@ -20,6 +21,44 @@ impl Kit for Avx512 {
         // SAFETY: the caller's promise.
         unsafe { add_all(state, tile) }
     }
+}
+
+/// [`Avx512`] with the bf16 conversion of newer processors.
+pub(super) struct Avx512Bf16;
+
+impl Kit for Avx512Bf16 {
+    #[inline(always)]
+    unsafe fn largest<const MASKED: bool>(s: &[f32; ATTN_TILE_KEYS], valid: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { Avx512::largest::<MASKED>(s, valid) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_keys(state: &mut [RowState], tile: &ScoreTile) {
+        // SAFETY: the caller's promise.
+        unsafe { Avx512::add_keys(state, tile) }
+    }
+
+    #[inline(always)]
+    unsafe fn round(p: &[f32; ATTN_TILE_KEYS]) -> [bf16; ATTN_TILE_KEYS] {
+        // SAFETY: the caller's promise.
+        unsafe { round(p) }
+    }
+}
+
+/// VCVTNE2PS2BF16 rounds to nearest even whatever MXCSR says, and would flush denormals, which no probability is.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round(p: &[f32; ATTN_TILE_KEYS]) -> [bf16; ATTN_TILE_KEYS] {
+    let mut out = [bf16::ZERO; ATTN_TILE_KEYS];
+    for (p, out) in p.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+        // SAFETY: two registers' worth of numbers, and 64 bytes of any alignment for what they become.
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(p.as_ptr()), _mm512_loadu_ps(p[16..].as_ptr()));
+            out.as_mut_ptr().cast::<__m512bh>().write_unaligned(_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+    out
 }
 
 /// VMAXPS is `larger`: its second operand unless the first is greater.
@@ -78,5 +117,34 @@ unsafe fn add_all(state: &mut [RowState], tile: &ScoreTile) {
     for (i, row) in rest.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         row.sums = add_keys(row.sums, unsafe { tile.row(done + i) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::softmax::probability_to_bf16;
+
+    /// All upper halves of +0 and of the normal numbers up to 1, with lower halves around each way to round.
+    #[test]
+    fn the_processor_rounds_probabilities_as_we_do() {
+        if !is_x86_feature_detected!("avx512bf16") || !is_x86_feature_detected!("avx512bw") {
+            println!("SKIPPED: no AVX512_BF16 here");
+            return;
+        }
+        let lows = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF];
+        let all: Vec<f32> = (0x0080..=0x3F80u32)
+            .flat_map(|high| lows.map(|low| f32::from_bits(high << 16 | low)))
+            .chain([0.0])
+            .collect();
+        for p in all.chunks(ATTN_TILE_KEYS) {
+            let mut row = [0f32; ATTN_TILE_KEYS];
+            row[..p.len()].copy_from_slice(p);
+            // SAFETY: the machine has the instructions.
+            let rounded = unsafe { Avx512Bf16::round(&row) };
+            for (p, rounded) in row.iter().zip(rounded) {
+                assert_eq!(rounded.to_bits(), probability_to_bf16(*p).to_bits(), "{p:e}");
+            }
+        }
     }
 }

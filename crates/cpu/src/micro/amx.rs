@@ -75,91 +75,117 @@ impl Drop for Session {
     }
 }
 
-/// See [`super::product`]. Blocks of 32 rows by 2 tiles, and 16 rows by up to 4 tiles for the rest.
+/// A chunk of 16 rows by two tiles. Many rows pass by one panel of B: they do not push it out of the first-level cache (T1
+/// loads). The empty instructions keep a core that shares its tile registers from stalling on each of them (measured:
+/// a tenth; a core to itself is as fast with them as without).
+macro_rules! many2_chunk {
+    () => {
+        concat!(
+            "tileloaddt1 tmm2, [{a} + {a_stride}]\n.rept 8\nnop\n.endr\n",
+            "tileloadd tmm3, [{b} + {b_row}]\n.rept 8\nnop\n.endr\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n.rept 8\nnop\n.endr\n",
+            "tileloadd tmm3, [{b} + {b_row} + 1024]\n.rept 8\nnop\n.endr\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n.rept 8\nnop\n.endr",
+        )
+    };
+}
+
+/// See [`super::product`]. Blocks of 16 rows by 2 tiles, in four tile registers.
+///
+/// Why not 2 x 2 in eight, which loads less: registers that have been written since LDTILECFG are taken from those to
+/// rename to, and beside a busy second hardware thread next to none are left over eight, so that tile instructions run
+/// one by one. A core to itself is as fast either way, a shared one more than twice as fast with four (LOG.md).
 ///
 /// # Safety
 /// As for [`super::product`].
 pub(super) unsafe fn product(t: Tile) {
-    let mut row = 0;
-    while row < t.rows {
-        let rows = if t.rows - row > 16 { 32 } else { 16 };
-        let mut tile = 0;
-        while tile < t.tiles {
-            let left = t.tiles - tile;
-            let (tiles, kernel): (usize, unsafe fn(&Tile)) = match (rows, left, t.init) {
-                (32, 2.., Init::Load) => (2, k2x2),
-                (32, 2.., Init::Zero) => (2, k2x2_zero),
-                (32, _, Init::Load) => (1, k2x1),
-                (32, _, Init::Zero) => (1, k2x1_zero),
-                (_, 4.., Init::Load) => (4, k1x4),
-                (_, 4.., Init::Zero) => (4, k1x4_zero),
-                (_, 2.., Init::Load) => (2, k1x2),
-                (_, 2.., Init::Zero) => (2, k1x2_zero),
-                (_, _, Init::Load) => (1, k1x1),
-                (_, _, Init::Zero) => (1, k1x1_zero),
+    for row in (0..t.rows).step_by(ROWS) {
+        for tile in (0..t.tiles).step_by(2) {
+            let tiles = (t.tiles - tile).min(2);
+            let kernel: unsafe fn(&Tile) = match (t.rows > ROWS, tiles, t.init) {
+                (true, 2, Init::Load) => many2,
+                (true, 2, Init::Zero) => many2_zero,
+                (false, 2, Init::Load) => few2,
+                (false, 2, Init::Zero) => few2_zero,
+                (_, _, Init::Load) => k1,
+                (_, _, Init::Zero) => k1_zero,
             };
             // SAFETY: a sub-block of the block that the caller vouches for.
-            unsafe { kernel(&t.part(row, rows, tile, tiles)) };
-            tile += tiles;
+            unsafe { kernel(&t.part(row, ROWS, tile, tiles)) };
         }
-        row += rows;
     }
 }
 
-/// [`product`] of at most 32 rows that calls `beside` after every chunk where it has C in tiles from end to end (see
+/// Rows of a tile.
+pub(super) const ROWS: usize = 16;
+
+/// [`product`] that calls `beside` every few chunks of every 16 rows where it has C in tiles from end to end (see
 /// [`calls_beside`]): other work fills the time that the tile unit takes.
 ///
 /// # Safety
 /// As for [`super::product`]. `beside` must not touch C, nor the tile registers.
 pub(super) unsafe fn product_beside(t: &Tile, mut beside: impl FnMut()) {
-    if !calls_beside(t) {
+    if calls_beside(t) == 0 {
         // SAFETY: the caller's promise.
         return unsafe { product(*t) };
     }
-    let (mut a, mut b) = (t.a, t.b);
-    // SAFETY: the caller vouches for every address of the block and holds a `Session`. The tile registers keep their
-    // values from one piece of assembly to the next, since the compiler has no use of its own for them.
+    for row in (0..t.rows).step_by(ROWS) {
+        // SAFETY: the caller vouches for every address of the block and holds a `Session`.
+        unsafe { rows_beside(&t.part(row, ROWS, 0, 2), &mut beside) };
+    }
+}
+
+/// Chunks from one call of `beside` to the next: some hundred cycles, which a call costs a part of and the processor
+/// looks ahead over.
+const CHUNKS_PER_CALL: usize = 3;
+
+/// 16 rows by two tiles, from +0.
+///
+/// # Safety
+/// As for [`product_beside`].
+#[inline(always)]
+unsafe fn rows_beside(t: &Tile, beside: &mut impl FnMut()) {
+    let (mut a, mut b, mut left) = (t.a, t.b, t.chunks);
+    // SAFETY: the caller's promise. The tile registers keep their values from one piece of assembly to the next, since
+    // the compiler has no use of its own for them.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            options(nostack, nomem, preserves_flags)
-        );
-        for _ in 0..t.chunks {
+        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem, preserves_flags));
+        while left > 0 {
+            let chunks = left.min(CHUNKS_PER_CALL);
             asm!(
-                "tileloadd tmm6, [{b} + {b_row}]", "tileloaddt1 tmm4, [{a} + {a_stride}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b} + {b_row} + 1024]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloaddt1 tmm5, [{a1} + {a_stride}]",
-                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
-                a = in(reg) a,
-                a1 = in(reg) a.wrapping_add(16 * t.a_stride),
+                "2:",
+                many2_chunk!(),
+                "add {a}, 64",
+                "add {b}, {b_chunk}",
+                "dec {chunks}",
+                "jnz 2b",
+                a = inout(reg) a,
                 a_stride = in(reg) t.a_stride,
-                b = in(reg) b,
+                b = inout(reg) b,
                 b_row = in(reg) 64usize,
-                options(nostack, readonly, preserves_flags),
+                b_chunk = in(reg) t.b_chunk,
+                chunks = inout(reg) chunks => _,
+                options(nostack, readonly),
             );
-            a = a.wrapping_add(64);
-            b = b.wrapping_add(t.b_chunk);
+            left -= chunks;
             beside();
         }
         asm!(
-            "tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
-            "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3",
+            "tilestored [{c} + {c_stride}], tmm0",
+            "tilestored [{c} + {c_stride} + 64], tmm1",
             c = in(reg) t.c,
-            c1 = in(reg) t.c.wrapping_byte_add(16 * t.c_stride),
             c_stride = in(reg) t.c_stride,
             options(nostack, preserves_flags),
         );
     }
 }
 
-/// Whether [`product_beside`] calls back in this product.
-pub(super) fn calls_beside(t: &Tile) -> bool {
-    (17..=32).contains(&t.rows) && t.tiles == 2 && t.init == Init::Zero
+/// How often [`product_beside`] calls back in this product.
+pub(super) fn calls_beside(t: &Tile) -> usize {
+    match t.init {
+        Init::Zero if t.tiles == 2 => t.rows.div_ceil(ROWS) * t.chunks.div_ceil(CHUNKS_PER_CALL),
+        _ => 0,
+    }
 }
 
 /// Two kernels: one loads its C tiles, the other clears them; both walk the chunks and store C.
@@ -178,25 +204,21 @@ macro_rules! kernel {
                     "2:",
                     $($step,)+
                     "add {a}, 64",
-                    "add {a1}, 64",
                     "add {b}, {b_chunk}",
                     "dec {chunks}",
                     "jnz 2b",
                     $($store,)+
-                    "# not used by all kernels: {c1} {ahead}",
+                    "# not used by all kernels: {ahead}",
                     a = inout(reg) t.a => _,
-                    a1 = inout(reg) t.a.wrapping_add(16 * t.a_stride) => _,
                     a_stride = in(reg) t.a_stride,
                     b = inout(reg) t.b => _,
                     b_row = in(reg) 64usize,
                     b_chunk = in(reg) t.b_chunk,
                     ahead = in(reg) t.prefetch,
                     c = in(reg) t.c,
-                    c1 = in(reg) t.c.wrapping_byte_add(16 * t.c_stride),
                     c_stride = in(reg) t.c_stride,
                     chunks = inout(reg) t.chunks => _,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
                 );
             }
@@ -217,47 +239,21 @@ macro_rules! prefetch_tile {
     };
 }
 
-// Many rows pass by one panel of B: the rows do not push it out of the first-level cache (T1 loads).
-kernel!(k2x2, k2x2_zero:
-    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
-          "tileloadd tmm2, [{c1} + {c_stride}]", "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
-    clear ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    step ["tileloadd tmm6, [{b} + {b_row}]", "tileloaddt1 tmm4, [{a} + {a_stride}]",
-          "tdpbf16ps tmm0, tmm4, tmm6",
-          "tileloadd tmm7, [{b} + {b_row} + 1024]",
-          "tdpbf16ps tmm1, tmm4, tmm7",
-          "tileloaddt1 tmm5, [{a1} + {a_stride}]",
-          "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"],
-    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
-           "tilestored [{c1} + {c_stride}], tmm2", "tilestored [{c1} + {c_stride} + 64], tmm3"]);
-kernel!(k2x1, k2x1_zero:
-    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm2, [{c1} + {c_stride}]"],
-    clear ["tilezero tmm0", "tilezero tmm2"],
-    step ["tileloadd tmm6, [{b} + {b_row}]",
-          "tileloaddt1 tmm4, [{a} + {a_stride}]", "tdpbf16ps tmm0, tmm4, tmm6",
-          "tileloaddt1 tmm5, [{a1} + {a_stride}]", "tdpbf16ps tmm2, tmm5, tmm6"],
-    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c1} + {c_stride}], tmm2"]);
-kernel!(k1x4, k1x4_zero:
-    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
-          "tileloadd tmm2, [{c} + {c_stride} + 128]", "tileloadd tmm3, [{c} + {c_stride} + 192]"],
-    clear ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    step [prefetch_tile!(0), prefetch_tile!(1), prefetch_tile!(2), prefetch_tile!(3),
-          "tileloadd tmm4, [{a} + {a_stride}]",
-          "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
-          "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6",
-          "tileloadd tmm7, [{b} + {b_row} + 2048]", "tdpbf16ps tmm2, tmm4, tmm7",
-          "tileloadd tmm5, [{b} + {b_row} + 3072]", "tdpbf16ps tmm3, tmm4, tmm5"],
-    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1",
-           "tilestored [{c} + {c_stride} + 128], tmm2", "tilestored [{c} + {c_stride} + 192], tmm3"]);
-kernel!(k1x2, k1x2_zero:
+kernel!(many2, many2_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]"],
     clear ["tilezero tmm0", "tilezero tmm1"],
-    step [prefetch_tile!(0), prefetch_tile!(1), "tileloadd tmm4, [{a} + {a_stride}]",
-          "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5",
-          "tileloadd tmm6, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm4, tmm6"],
+    step [many2_chunk!()],
     store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1"]);
-kernel!(k1x1, k1x1_zero:
+// Few rows: B streams from memory.
+kernel!(few2, few2_zero:
+    load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]"],
+    clear ["tilezero tmm0", "tilezero tmm1"],
+    step [prefetch_tile!(0), prefetch_tile!(1), "tileloadd tmm2, [{a} + {a_stride}]",
+          "tileloadd tmm3, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm2, tmm3",
+          "tileloadd tmm3, [{b} + {b_row} + 1024]", "tdpbf16ps tmm1, tmm2, tmm3"],
+    store ["tilestored [{c} + {c_stride}], tmm0", "tilestored [{c} + {c_stride} + 64], tmm1"]);
+kernel!(k1, k1_zero:
     load ["tileloadd tmm0, [{c} + {c_stride}]"],
     clear ["tilezero tmm0"],
-    step ["tileloadd tmm4, [{a} + {a_stride}]", "tileloadd tmm5, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm4, tmm5"],
+    step ["tileloadd tmm2, [{a} + {a_stride}]", "tileloadd tmm3, [{b} + {b_row}]", "tdpbf16ps tmm0, tmm2, tmm3"],
     store ["tilestored [{c} + {c_stride}], tmm0"]);

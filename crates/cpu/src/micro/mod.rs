@@ -199,7 +199,7 @@ pub(crate) unsafe fn product(path: Path, t: Tile) {
     }
 }
 
-/// [`product`] that calls `beside` while the product is under way, at most once per chunk and on some paths never.
+/// [`product`] that calls `beside` while the product is under way, [`calls_beside`] times.
 ///
 /// # Safety
 /// As for [`product`]; `beside` must not touch C.
@@ -218,11 +218,25 @@ pub(crate) unsafe fn product_beside(path: Path, t: &Tile, beside: impl FnMut()) 
     }
 }
 
-/// Whether [`product_beside`] calls back in blocks of a batch of `rows` rows.
-pub(crate) fn has_beside(path: Path, rows: usize) -> bool {
+/// How often [`product_beside`] calls back in this product.
+#[inline]
+pub(crate) fn calls_beside(path: Path, t: &Tile) -> usize {
     match path {
         #[cfg(target_arch = "x86_64")]
-        Path::Amx => rows > 16,
+        Path::Amx => amx::calls_beside(t),
+        _ => {
+            let _ = t;
+            0
+        }
+    }
+}
+
+/// Whether blocks of a batch of `rows` rows are worth [`product_beside`]: with few rows the weights' way from memory is
+/// what takes the time.
+pub(crate) fn worth_beside(path: Path, rows: usize) -> bool {
+    match path {
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx => rows > amx::ROWS,
         _ => {
             let _ = rows;
             false

@@ -7,9 +7,15 @@ use super::{LOG2_E, bf16_to_f32, exp2, f32_to_bf16};
 pub fn silu_mul(g: &[bf16], u: &[bf16], out: &mut [bf16]) {
     assert_eq!((g.len(), g.len()), (u.len(), out.len()), "silu_mul: lengths differ");
     for ((out, g), u) in out.iter_mut().zip(g).zip(u) {
-        let (g, u) = (bf16_to_f32(*g), bf16_to_f32(*u));
-        *out = f32_to_bf16(g / (1.0 + exp2(-g * LOG2_E)) * u);
+        *out = f32_to_bf16(silu_mul_unrounded(*g, *u));
     }
+}
+
+/// An element of [`silu_mul`] before it is rounded.
+#[inline(always)]
+pub fn silu_mul_unrounded(g: bf16, u: bf16) -> f32 {
+    let (g, u) = (bf16_to_f32(g), bf16_to_f32(u));
+    g / (1.0 + exp2(-g * LOG2_E)) * u
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ mod norm;
 pub(crate) mod random;
 mod rope;
 
-pub use activation::silu_mul;
+pub use activation::{silu_mul, silu_mul_unrounded};
 pub use convert::{bf16_to_f32, f32_to_bf16, narrow, widen};
 pub use exp_log::{LN2, LOG2_E, exp2, exp2_poly3, log2, pow2i};
 pub use join::{join_leaves, tree_sum};
