@@ -68,6 +68,24 @@ fn verify_all(args: &EngineArgs, transcripts: &[Transcript], options: &VerifyOpt
     transcripts.iter().map(|t| verifier.verify(t, options, &mut |_| ()).unwrap()).collect()
 }
 
+/// Answers of an H100 (`bitfast run --device cuda`, 64 requests in a batch; LOG.md, "the proofs on an H100"), kept as they came: prompts of
+/// 128 and 129 tokens, 64 tokens each, sampled with top-p, and with top-k and a repetition penalty.
+#[test]
+fn what_an_h100_answered_is_derived_here() {
+    for model in ["llama-untied", "qwen3-untied"] {
+        let args = EngineArgs {
+            threads: NonZeroUsize::new(2),
+            ..EngineArgs::new(fixtures::model_dir(model).display().to_string())
+        };
+        let file = fixtures::path(format!("transcripts/{model}-h100.jsonl"));
+        let transcripts = Transcript::read(&file).unwrap();
+        for report in verify_all(&args, &transcripts, &VerifyOptions::default()) {
+            assert_eq!(report.difference, None, "{model}");
+            assert_eq!((report.positions, report.choices), (64, 64), "{model}");
+        }
+    }
+}
+
 #[test]
 fn answers_of_both_classes_are_derived_again() {
     for model in ["tiny-llama", "tiny-qwen3"] {
