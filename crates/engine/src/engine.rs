@@ -71,6 +71,8 @@ pub struct Engine<R: Runner> {
     pub(crate) stats: EngineStats,
     /// Events of the last step, where the runner gives the engine time to tell them during the next one.
     pub(crate) outbox: Option<Arc<Outbox>>,
+    /// Live requests whose tokens are to be forbidden or masked anew in every step.
+    pub(crate) with_rules: usize,
     seeds_drawn: u64,
     /// The inbox's change count when it was last drained.
     epoch: u64,
@@ -130,6 +132,7 @@ impl<R: Runner> Engine<R> {
             prepared: Prepared::default(),
             masks,
             discarded: Vec::new(),
+            with_rules: 0,
             seeds_drawn: 0,
             epoch: 0,
         })
@@ -233,7 +236,7 @@ impl<R: Runner> Engine<R> {
                 return Step::Ended;
             }
         };
-        self.observe(&batch, &outputs);
+        self.observe(&outputs);
         let leaving = self.take_results(&batch, outputs.samples, self.shared.clock.now());
         // Before the last events: who has seen a request's end finds all of its steps in the records.
         let record = self.record(&batch, start, execute);
@@ -296,6 +299,7 @@ impl<R: Runner> Engine<R> {
         let ticket = self.scheduler.ticket(submission.request.priority);
         let outbox = self.outbox.clone();
         let live = Live::new(submission, seed, ticket, &config.eos_token_ids, outbox);
+        self.with_rules += usize::from(live.has_rules());
         self.requests.insert(key, live);
         if let Err(failure) = self.add_sample(key, 0) {
             self.fail(key, failure);
@@ -368,6 +372,7 @@ impl<R: Runner> Engine<R> {
     /// Takes a request with no samples left out of service.
     pub(crate) fn take_out(&mut self, key: RequestKey) -> Live {
         let live = self.requests.remove(&key).expect("the request lives");
+        self.with_rules -= usize::from(live.has_rules());
         let mut inbox = self.shared.inbox();
         inbox.live.remove(&live.id);
         inbox.queued -= usize::from(!live.started);

@@ -207,7 +207,13 @@ impl Live {
         self.unfinished -= usize::from(place == Place::Ended);
     }
 
-    /// Works out which tokens may not come next in sample `index`.
+    /// Whether what may come next depends on what came.
+    pub(crate) fn has_rules(&self) -> bool {
+        let SamplingParams { min_tokens, bad_words, constraint, .. } = &self.sampling;
+        *min_tokens > 0 || constraint.is_some() || bad_words.iter().any(|word| word.len() > 1)
+    }
+
+    /// Works out which tokens may not come next in sample `index`; nothing changes for a request without rules.
     pub(crate) fn update_forbidden(&mut self, index: u32, output: &[u32]) {
         let Self { samples, sampling, eos, .. } = self;
         let sample = &mut samples[index as usize];

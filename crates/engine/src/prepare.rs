@@ -1,7 +1,9 @@
 //! A batch's rows, built from the scheduler's tokens and block tables. Buffers are reused from step to step.
 
 use bitfast_ops::{BatchInputs, SeqInput};
-use bitfast_scheduler::{Batch, Part, Scheduler, Sequence, Work};
+use bitfast_scheduler::{Batch, Part, Sequence, Work};
+
+use crate::shared::RequestKey;
 
 /// What a logit row is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,22 +20,23 @@ pub(crate) struct Prepared {
     pub(crate) inputs: BatchInputs,
     /// Use of each logit row, in their order; the part that each belongs to.
     pub(crate) uses: Vec<(usize, RowUse)>,
+    /// Whose each part is: looked up once a step.
+    pub(crate) owners: Vec<(RequestKey, u32)>,
     /// Sequence inputs whose block tables keep their memory between steps.
     spare: Vec<SeqInput>,
 }
 
 impl Prepared {
-    /// Lays out `batch`. `scored(part)` is the first prompt position whose successor still lacks a score.
+    /// Lays out `batch`, of whose parts `sequences` are. `scored(i)` is the first prompt position of part i whose successor still lacks a score.
     pub(crate) fn fill(
         &mut self,
         batch: &Batch,
-        scheduler: &Scheduler,
-        mut scored: impl FnMut(&Part) -> Option<usize>,
+        sequences: &[&Sequence],
+        block_size: usize,
+        mut scored: impl FnMut(usize) -> Option<usize>,
     ) {
-        let block_size = scheduler.config().limits.block_size;
         self.clear();
-        for (index, part) in batch.parts.iter().enumerate() {
-            let sequence = scheduler.get(part.seq).expect("scheduled sequences live");
+        for (index, (part, sequence)) in batch.parts.iter().zip(sequences).enumerate() {
             let first_row = self.inputs.token_ids.len() as u32;
             self.rows(part, sequence, block_size);
             let mut seq = self.spare.pop().unwrap_or_default();
@@ -43,14 +46,14 @@ impl Prepared {
             seq.state_slot = sequence.state_slot().expect("scheduled sequences run");
             seq.block_table.extend_from_slice(sequence.block_table());
             self.inputs.seqs.push(seq);
-            self.uses(index, part, sequence, first_row, scored(part));
+            self.uses(index, part, sequence, first_row, scored(index));
         }
         #[cfg(debug_assertions)]
         self.inputs.check(block_size);
     }
 
     fn clear(&mut self) {
-        let Self { inputs, uses, spare } = self;
+        let Self { inputs, uses, spare, .. } = self;
         inputs.token_ids.clear();
         inputs.positions.clear();
         inputs.slots.clear();

@@ -53,34 +53,40 @@ impl<R: Runner> Engine<R> {
 
     pub(crate) fn execute(&mut self, batch: &Batch) -> Result<(StepOutputs, Range<Duration>), RunnerError> {
         let Self { prepared, scheduler, requests, owners, runner, masks, outbox, .. } = self;
-        prepared.fill(batch, scheduler, |part| {
-            let (key, index) = owners[&part.seq];
-            (index == 0).then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
-        });
-        let mut constrained: BTreeSet<(RequestKey, u32)> = BTreeSet::new();
-        for (part, usage) in &prepared.uses {
-            if let RowUse::Choose { .. } = usage {
-                let seq = batch.parts[*part].seq;
-                let (key, index) = owners[&seq];
-                let output = scheduler.get(seq).expect("scheduled sequences live").output();
-                let live = requests.get_mut(&key).expect("owners live");
-                live.update_forbidden(index, output);
-                if live.samples[index as usize].guide.is_some() {
-                    constrained.insert((key, index));
-                }
-            }
-        }
-        refresh_masks(requests, &constrained, masks, self.shared.info.vocab_size);
         self.discarded.clear();
         // Poisoned before the new content is written: a block may have found its next owner in this very step.
         scheduler.drain_discarded(&mut self.discarded);
+        let parts = || batch.parts.iter();
+        let get = |part: &Part| scheduler.get(part.seq).expect("scheduled sequences live");
+        let sequences: Vec<&Sequence> = parts().map(get).collect();
+        let mut parts_owners = std::mem::take(&mut prepared.owners);
+        parts_owners.clear();
+        parts_owners.extend(parts().map(|part| owners[&part.seq]));
+        prepared.fill(batch, &sequences, scheduler.config().limits.block_size, |i| {
+            let (key, index) = parts_owners[i];
+            let reads_prompt = index == 0 && batch.parts[i].work != Work::Decode;
+            reads_prompt.then(|| requests[&key].prompt_scores.as_ref().map(Vec::len)).flatten()
+        });
+        prepared.owners = parts_owners;
+        if self.with_rules > 0 {
+            let mut constrained: BTreeSet<(RequestKey, u32)> = BTreeSet::new();
+            for (part, usage) in &prepared.uses {
+                if let RowUse::Choose { .. } = usage {
+                    let (key, index) = prepared.owners[*part];
+                    let live = requests.get_mut(&key).expect("owners live");
+                    live.update_forbidden(index, sequences[*part].output());
+                    if live.samples[index as usize].guide.is_some() {
+                        constrained.insert((key, index));
+                    }
+                }
+            }
+            refresh_masks(requests, &constrained, masks, self.shared.info.vocab_size);
+        }
         let uses = prepared.uses.iter().enumerate();
         let rows: Vec<SampleRow<'_>> = uses
             .map(|(logit_row, (part, usage))| {
-                let seq = batch.parts[*part].seq;
-                let (key, index) = owners[&seq];
-                let sequence = scheduler.get(seq).expect("scheduled sequences live");
-                sample_row(logit_row as u32, *usage, &requests[&key], index, sequence)
+                let (key, index) = prepared.owners[*part];
+                sample_row(logit_row as u32, *usage, &requests[&key], index, sequences[*part])
             })
             .collect();
         let readback = if self.observer.is_some() { Readback::Logits } else { Readback::Samples };
@@ -93,12 +99,12 @@ impl<R: Runner> Engine<R> {
         Ok((outputs, execute))
     }
 
-    pub(crate) fn observe(&mut self, batch: &Batch, outputs: &StepOutputs) {
+    pub(crate) fn observe(&mut self, outputs: &StepOutputs) {
         let (Some(observer), Some(logits)) = (&mut self.observer, &outputs.logits) else { return };
         let vocab = self.shared.info.vocab_size;
         assert_eq!(logits.len(), self.prepared.uses.len() * vocab, "logits of another batch");
         for ((part, usage), logits) in self.prepared.uses.iter().zip(logits.chunks_exact(vocab)) {
-            let (key, sample) = self.owners[&batch.parts[*part].seq];
+            let (key, sample) = self.prepared.owners[*part];
             let (RowUse::Score { position } | RowUse::Choose { position }) = *usage;
             observer.row(ObservedRow { request: &self.requests[&key].id, sample, position, logits });
         }
@@ -118,7 +124,7 @@ impl<R: Runner> Engine<R> {
         for (i, part) in batch.parts.iter().enumerate() {
             let rows = self.prepared.uses[next_row..].iter().take_while(|(owner, _)| *owner == i).count();
             let answers = &mut samples[next_row..next_row + rows];
-            outcomes.push(self.take_part(part, next_row, answers, now, &mut taken));
+            outcomes.push(self.take_part(part, self.prepared.owners[i], next_row, answers, now, &mut taken));
             next_row += rows;
         }
         self.settle(batch, &outcomes, taken)
@@ -128,12 +134,12 @@ impl<R: Runner> Engine<R> {
     fn take_part(
         &mut self,
         part: &Part,
+        (key, index): (RequestKey, u32),
         first_row: usize,
         answers: &mut [RowSample],
         now: Duration,
         taken: &mut Taken,
     ) -> Outcome {
-        let (key, index) = self.owners[&part.seq];
         let live = self.requests.get_mut(&key).expect("owners live");
         let sequence = self.scheduler.get(part.seq).expect("scheduled sequences live");
         let mut outcome = Outcome::Computed;
