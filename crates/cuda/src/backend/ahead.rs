@@ -74,6 +74,7 @@ impl CudaBackend {
                     body(self)?;
                 }
                 let graph = self.capture(body)?;
+                self.run(|be| be.stream.upload(&graph))?;
                 if let Some(graphs) = &mut self.graphs {
                     graphs.set(key, State::Ready(graph));
                 }

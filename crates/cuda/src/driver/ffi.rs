@@ -113,6 +113,7 @@ api! {
         capture_end = "cuStreamEndCapture"(Handle, *mut Handle);
         graph_instantiate = "cuGraphInstantiateWithFlags"(*mut Handle, Handle, u64);
         graph_launch = "cuGraphLaunch"(Handle, Handle);
+        graph_upload = "cuGraphUpload"(Handle, Handle);
         graph_destroy = "cuGraphDestroy"(Handle);
         graph_exec_destroy = "cuGraphExecDestroy"(Handle);
         event_create = "cuEventCreate"(*mut Handle, c_uint);

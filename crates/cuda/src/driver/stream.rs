@@ -121,6 +121,16 @@ impl Stream {
         Ok(graph)
     }
 
+    /// Brings a captured sequence to the device ahead of its first replay.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn upload(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: live handles.
+        self.device
+            .check("cuGraphUpload", unsafe { (self.device.api().graph_upload)(graph.exec, self.handle) })
+    }
+
     /// Queues a captured sequence.
     ///
     /// # Errors
