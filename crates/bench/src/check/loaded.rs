@@ -1,5 +1,6 @@
 //! Promises about neighbours: in a batch, a list, a crowd that comes and goes.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -19,23 +20,35 @@ const LIST: u64 = 3_000;
 const RAGGED: u64 = 4_000;
 const CHURN: u64 = 7_000;
 
-/// A needle in batches of several sizes, at every position.
+/// A needle in batches of several sizes, at every position. Its neighbours stay the same, so that each of them is
+/// compared too: with itself in the first batch of that size.
 pub async fn batch(probe: &Probe, scale: &Scale) -> Result<Outcome> {
     let needle = probe.prompt(20, NEEDLE);
-    let expected = probe.alone(&probe.ask(needle.clone(), scale.tokens)).await?;
     let mut tally = Tally::under_load();
     for &size in scale.batches {
+        let tokens = if size > 8 { scale.short } else { scale.tokens };
+        let expected = probe.alone(&probe.ask(needle.clone(), tokens)).await?;
+        let mut crowd: BTreeMap<usize, Answer> = BTreeMap::new();
         // Of large batches some positions: those at a stride, and the last.
         let stride = size.div_ceil(scale.positions).max(1);
         for position in (0..size).filter(|p| p % stride == 0 || p + 1 == size) {
             let prompts: Vec<One> = (0..size)
                 .map(|i| if i == position { needle.clone() } else { crowd_prompt(probe, size, i) })
                 .collect();
-            let asks = prompts.into_iter().map(|p| probe.ask(p, scale.tokens)).collect();
+            let asks = prompts.into_iter().map(|p| probe.ask(p, tokens)).collect();
             let Batch { answers, in_company, peak, .. } = probe.together(asks).await?;
-            let name = format!("batch of {size}, position {position}");
-            tally.compare_loaded(name, &expected, &answers[position], in_company[position]);
             tally.saw(peak);
+            for (i, found) in answers.into_iter().enumerate() {
+                let name = || format!("batch of {size}, position {position}");
+                if i == position {
+                    tally.compare_loaded(name(), &expected, &found, in_company[i]);
+                } else if let Some(first) = crowd.get(&i) {
+                    let name = format!("neighbour {i} in {}", name());
+                    tally.compare_loaded(name, first, &found, in_company[i]);
+                } else {
+                    crowd.insert(i, found);
+                }
+            }
         }
     }
     Ok(tally.end(if probe.can_pause() { "queued on a paused server" } else { "sent at once" }))
