@@ -46,7 +46,7 @@ pub struct Linears {
     workspace: Buffer,
     /// What timings write to empty the caches.
     cold: Option<Buffer>,
-    /// Never iterated.
+    /// By shape; never iterated.
     plans: HashMap<Shape, Plan>,
 }
 
