@@ -1,7 +1,8 @@
 //! What the load generator itself can do: requests and streamed tokens a second on one core, against a server that
 //! answers from memory.
 //!
-//! `cargo run --release -p bitfast-bench --example load -- [requests] [tokens each]`
+//! In one process: `cargo run --release -p bitfast-bench --example load -- [requests] [tokens each]`. With a core for each:
+//! `taskset -c 1 load serve [tokens each]` prints an address, then `taskset -c 0 load ADDRESS [requests] [tokens each]`.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,9 +13,22 @@ use bitfast_bench::load::{Job, run};
 use bitfast_bench::{Silent, block_on};
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a number"));
-    let requests = arguments.next().unwrap_or(20_000);
-    let tokens = arguments.next().unwrap_or(1);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let number = |place: usize, default: usize| {
+        arguments.get(place).map_or(default, |a| a.parse::<usize>().expect("a number"))
+    };
+    match arguments.first().map(String::as_str) {
+        Some("serve") => {
+            println!("{}", listen(number(1, 1)));
+            std::thread::park();
+        }
+        Some(address) if address.contains(':') => measure(address, number(1, 20_000), number(2, 1)),
+        _ => measure(&listen(number(1, 1)), number(0, 20_000), number(1, 1)),
+    }
+}
+
+/// Serves answers of so many tokens until the process ends; gives the address.
+fn listen(tokens: usize) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("it is bound").to_string();
     let answer = answer(tokens);
@@ -24,6 +38,10 @@ fn main() {
             std::thread::spawn(move || serve(stream, &answer));
         }
     });
+    address
+}
+
+fn measure(address: &str, requests: usize, tokens: usize) {
     let client = Client::new(address.parse().expect("an address"), Options::default());
     let ask = Ask::new("m", Prompt::Text("Once upon a time".into()), tokens as u32);
     let jobs = (0..requests).map(|_| Job { at: Duration::ZERO, ask: ask.clone() }).collect();

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::{PhaseReport, Settings};
 use crate::error::{Error, Result};
 use crate::report::{Bar, Page, bars, timestamp};
+use crate::stats::Summary;
 
 /// The law's cost in percent: positive is slower.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -19,7 +20,12 @@ pub struct Comparison {
     pub throughput_percent: f64,
     /// Median over the trials of one trial's time against the same trial's in the other phase.
     pub paired_median_percent: f64,
+    /// The same of each trial. What their spread is above the cost, is the machine's.
+    pub paired_percent: Summary,
 }
+
+/// Pairs of trials that differ by more points than this measure the machine rather than the law.
+const UNSTEADY_POINTS: f64 = 15.0;
 
 /// All of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -53,13 +59,15 @@ impl Report {
         }
         let percent = |with: f64, without: f64| (with / without - 1.0) * 100.0;
         let pairs = batch_invariant.trial_times.iter().zip(&baseline.trial_times);
-        let paired = crate::Summary::of(pairs.map(|(with, without)| percent(*with, *without)).collect());
+        let paired = Summary::of(pairs.map(|(with, without)| percent(*with, *without)).collect());
+        let paired = paired.ok_or_else(|| Error::Cannot("a phase has no trials".to_string()))?;
         let comparison = Comparison {
             init_time_percent: percent(batch_invariant.init_time, baseline.init_time),
             avg_time_percent: percent(batch_invariant.avg_time, baseline.avg_time),
             min_time_percent: percent(batch_invariant.min_time, baseline.min_time),
             throughput_percent: percent(batch_invariant.throughput, baseline.throughput),
-            paired_median_percent: paired.map_or(0.0, |s| s.median),
+            paired_median_percent: paired.median,
+            paired_percent: paired,
         };
         let invariance_holds = batch_invariant.needle.bit_equal;
         let (timestamp, bitfast_version) = (timestamp(), env!("CARGO_PKG_VERSION"));
@@ -112,6 +120,21 @@ impl Report {
         ]
     }
 
+    /// How far the pairs of trials agree, and whether to believe the cost.
+    fn pairs(&self) -> Vec<String> {
+        let Summary { median, min, max, .. } = self.comparison.paired_percent;
+        let mut lines =
+            vec![format!("Trial against trial: {median:+.1}% in the median, from {min:+.1}% to {max:+.1}%")];
+        if max - min > UNSTEADY_POINTS {
+            lines.push(format!(
+                "warning: the same trials differ by {:.1} points from pair to pair: the machine had other work or changed its speed, and \
+                 the cost above is not the law's",
+                max - min
+            ));
+        }
+        lines
+    }
+
     fn needles(&self) -> Vec<String> {
         let said = |name: &str, phase: &PhaseReport| match &phase.needle.first_difference {
             None => {
@@ -129,6 +152,7 @@ impl Report {
         for row in self.rows() {
             lines.push(format!("{:<24} {:>12} {:>16} {:>10}", row[0], row[1], row[2], row[3]));
         }
+        lines.extend(self.pairs());
         lines.extend(self.needles());
         lines.push(self.summary());
         lines.join("\n")
@@ -140,7 +164,7 @@ impl Report {
             format!("bitfast {} bench batch-invariance, {} UTC", self.bitfast_version, self.timestamp);
         let mut page = Page::new("What does batch invariance cost?", &subtitle);
         page.verdict(self.invariance_holds, &self.summary());
-        page.list(&self.settings.lines()).list(&self.needles());
+        page.list(&[self.settings.lines(), self.pairs(), self.needles()].concat());
         let bar = |name: &str, p: &PhaseReport, series| Bar {
             name: name.to_string(),
             value: p.avg_time,

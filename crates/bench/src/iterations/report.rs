@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::control::ServerConfig;
 use super::measure::Once;
 use super::{Mode, Settings, Shape};
-use crate::report::{Page, Point, Series, histogram, lines, timestamp};
+use crate::report::{NOT_TOLD, Page, Point, Series, histogram, lines, timestamp};
 use crate::stats::Summary;
 
 /// One shape's results. Times are medians over the repeats; tokens are those of one repeat.
@@ -267,8 +267,7 @@ impl Report {
 }
 
 fn cells(r: &Row) -> Vec<String> {
-    let summary =
-        |s: &Option<Summary>, f: fn(&Summary) -> String| s.as_ref().map_or("not told".to_string(), f);
+    let summary = |s: &Option<Summary>, f: fn(&Summary) -> String| s.as_ref().map_or(NOT_TOLD.to_string(), f);
     vec![
         r.mode.name().to_string(),
         r.context_len.to_string(),

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 
 pub use svg::{Bar, Point, Series, bars, histogram, lines};
 
+/// In a table: the server does not say it.
+pub const NOT_TOLD: &str = "not told";
+
 /// A page that is being written.
 pub struct Page {
     title: String,
@@ -44,17 +47,19 @@ impl Page {
         self.push(format_args!("<ul>\n{lines}</ul>\n"))
     }
 
-    /// A table; the first column is text, the others are aligned to the right where they are numbers.
+    /// A table; columns of numbers are aligned to the right.
     pub fn table(&mut self, head: &[&str], rows: &[Vec<String>]) -> &mut Self {
         let numeric = |text: &str| text.starts_with(|c: char| c.is_ascii_digit() || c == '-' || c == '+');
+        let of_numbers = |column: usize| {
+            let mut told = rows.iter().filter_map(|r| r.get(column)).filter(|c| *c != NOT_TOLD).peekable();
+            told.peek().is_some() && told.all(|c| numeric(c))
+        };
+        let classes: Vec<&str> =
+            (0..head.len()).map(|column| if of_numbers(column) { " class=\"n\"" } else { "" }).collect();
         let row = |cells: Vec<&str>, tag: &str| {
-            let cells: String = cells
-                .iter()
-                .map(|c| {
-                    let class = if numeric(c) && tag == "td" { " class=\"n\"" } else { "" };
-                    format!("<{tag}{class}>{}</{tag}>", escape(c))
-                })
-                .collect();
+            let cells = cells.iter().zip(&classes);
+            let cells: String =
+                cells.map(|(c, class)| format!("<{tag}{class}>{}</{tag}>", escape(c))).collect();
             format!("<tr>{cells}</tr>\n")
         };
         let head = row(head.to_vec(), "th");
@@ -124,7 +129,7 @@ const STYLE: &str = r#":root { color-scheme: light dark; --paper: #ffffff; --ink
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, ul { margin: .5rem 0; overflow-wrap: anywhere; }
@@ -135,11 +140,11 @@ p, ul { margin: .5rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { background: var(--card); color: var(--soft); font-weight: 600; }
-tr:last-child td { border-bottom: 0; } .n { text-align: right; }
+tr:last-child td { border-bottom: 0; } th.n, td.n { text-align: right; }
 td:last-child:not(.n) { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem; background: var(--card); }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .25rem; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; height: auto; max-width: 60rem; }
 svg.bars { max-width: 38rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg .strong { fill: var(--ink); }
@@ -150,7 +155,8 @@ svg .spread { stroke-width: 1.5; opacity: .6; }
 .s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
 svg .mark, svg .spread { stroke: var(--c); } svg .dot, svg .bar { fill: var(--c); }
 @media (max-width: 40rem) { main { padding: 1rem .6rem 2rem; } h1 { font-size: 1.3rem; }
-  figure { padding: .4rem; overflow-x: auto; } svg:not(.bars) { min-width: 30rem; } th, td { padding: .35rem .5rem; }
+  figure { padding: .4rem; } th, td { padding: .35rem .5rem; }
+  svg text { font-size: 20px; } svg.bars text { font-size: 14px; }
   td:last-child:not(.n) { min-width: 9.5rem; } }
 "#;
 

@@ -43,13 +43,14 @@ pub struct Bar {
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 300.0;
-const LEFT: f64 = 64.0;
+// Wide enough for the larger letters that the page's style gives to narrow screens.
+const LEFT: f64 = 72.0;
 const RIGHT: f64 = 20.0;
-const TOP: f64 = 16.0;
-const BOTTOM: f64 = 44.0;
+const TOP: f64 = 22.0;
+const BOTTOM: f64 = 54.0;
 /// Distinct colours.
 const COLOURS: usize = 6;
-const LEGEND_LINE: f64 = 18.0;
+const LEGEND_LINE: f64 = 24.0;
 
 /// Values by a quantity that grows by factors: x is logarithmic, each x that occurs has its tick.
 pub fn lines(x_label: &str, y_label: &str, series: &[Series]) -> String {
@@ -71,8 +72,8 @@ pub fn lines(x_label: &str, y_label: &str, series: &[Series]) -> String {
     for &x in &xs {
         let at = x_at(x);
         // Labels that would touch are left out.
-        if at - labelled > 34.0 {
-            text(&mut svg, at, HEIGHT - BOTTOM + 16.0, "middle", &number(x));
+        if at - labelled > 44.0 {
+            text(&mut svg, at, HEIGHT - BOTTOM + 20.0, "middle", &number(x));
             labelled = at;
         }
     }
@@ -103,7 +104,7 @@ pub fn lines(x_label: &str, y_label: &str, series: &[Series]) -> String {
                 ),
             );
         }
-        let y = HEIGHT + LEGEND_LINE * index as f64 + 6.0;
+        let y = HEIGHT + LEGEND_LINE * index as f64 + 10.0;
         put(
             &mut svg,
             format_args!("<rect class=\"bar\" x=\"{LEFT}\" y=\"{:.1}\" width=\"14\" height=\"4\"/>", y - 6.0),
@@ -120,7 +121,7 @@ pub fn bars(unit: &str, all: &[Bar]) -> String {
     // Narrow, so that it can be read on a phone without scrolling.
     const WIDTH: f64 = 460.0;
     const NAMES: f64 = 120.0;
-    const NUMBERS: f64 = 100.0;
+    const NUMBERS: f64 = 122.0;
     let most = all.iter().fold(0.0, |m: f64, b| m.max(b.high).max(b.value));
     let most = if most > 0.0 { most } else { 1.0 };
     let height = LINE * all.len() as f64 + 8.0;
@@ -178,7 +179,7 @@ pub fn histogram(unit: &str, values: &[f64]) -> String {
     for v in &values {
         counts[(((v - low) / width) as usize).min(BINS - 1)] += 1;
     }
-    let scale = Scale::new(counts.iter().copied().max().unwrap_or(1) as f64);
+    let scale = Scale::whole(counts.iter().copied().max().unwrap_or(1));
     let mut svg = open(HEIGHT, &format!("distribution in {unit}"));
     scale.grid(&mut svg, "count");
     let step = (WIDTH - LEFT - RIGHT) / BINS as f64;
@@ -206,7 +207,7 @@ pub fn histogram(unit: &str, values: &[f64]) -> String {
         text(
             &mut svg,
             x,
-            HEIGHT - BOTTOM + 16.0,
+            HEIGHT - BOTTOM + 20.0,
             anchor,
             &number(low + f64::from(part) / 4.0 * width * BINS as f64),
         );
@@ -231,6 +232,12 @@ impl Scale {
         Self { step, steps: (most / step).ceil().max(1.0) as usize }
     }
 
+    /// For counts: there is no half of one.
+    fn whole(most: usize) -> Self {
+        let step = Self::new(most as f64).step.ceil();
+        Self { step, steps: most.div_ceil(step as usize).max(1) }
+    }
+
     fn at(&self, y: f64) -> f64 {
         let part = y / (self.step * self.steps as f64);
         HEIGHT - BOTTOM - part * (HEIGHT - BOTTOM - TOP - 10.0)
@@ -249,7 +256,7 @@ impl Scale {
             );
             text(svg, LEFT - 8.0, y + 4.0, "end", &number(value));
         }
-        text(svg, 4.0, 12.0, "start", label);
+        text(svg, 4.0, 16.0, "start", label);
     }
 }
 

@@ -267,17 +267,14 @@ impl Report {
         page.heading("Time between tokens")
             .figure(&histogram("ms", &self.itls), "Gaps between the pieces of a stream.");
         page.heading("Results");
-        let rows: Vec<Vec<String>> = self
-            .json
-            .iter()
-            .filter(|(_, v)| v.is_number() || v.is_string())
-            .map(|(k, v)| {
-                vec![
-                    k.clone(),
-                    v.as_f64().filter(|_| !v.is_u64()).map_or(v.to_string(), |x| format!("{x:.3}")),
-                ]
-            })
-            .collect();
+        let shown = |value: &Value| match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(n) if n.is_u64() => Some(n.to_string()),
+            Value::Number(n) => Some(format!("{:.3}", n.as_f64()?)),
+            _ => None,
+        };
+        let rows: Vec<Vec<String>> =
+            self.json.iter().filter_map(|(k, v)| Some(vec![k.clone(), shown(v)?])).collect();
         page.table(&["Key", "Value"], &rows);
         page.html()
     }

@@ -152,6 +152,17 @@ fn an_engine_whose_bits_move_does_not_pass_as_invariant() {
     let mut other = lawful.clone();
     other.device += ", cuBLASLt 13.1.0";
     assert!(Report::new(trials(), other, lawful.clone()).is_ok());
+    // A machine that was busy in some trials says nothing of the law.
+    let steady = |times: &[f64]| {
+        let mut phase = lawful.clone();
+        phase.trial_times = times.to_vec();
+        phase
+    };
+    let text = |times: &[f64]| Report::new(trials(), steady(&[1.0; 4]), steady(times)).unwrap().table();
+    let quiet = text(&[1.01, 1.03, 1.02, 1.05]);
+    assert!(quiet.contains("Trial against trial: +2.5% in the median, from +1.0% to +5.0%\n"), "{quiet}");
+    assert!(!quiet.contains("warning"));
+    assert!(text(&[1.01, 1.03, 0.5, 1.05]).contains("warning: the same trials differ by 55.0 points"));
     // Two machines are no comparison.
     let mut elsewhere = lawful.clone();
     elsewhere.device = "another".to_string();

@@ -105,7 +105,7 @@ impl Timed {
     }
 
     /// `ranks` engines in real time.
-    #[allow(dead_code, reason = "an example of this crate uses it")]
+    #[allow(dead_code, reason = "an example uses it")]
     pub fn in_real_time(&self, ranks: usize) -> LLM {
         let engines = (0..ranks).map(|rank| self.engine(rank, Time::Real, Arc::new(SystemClock::new())));
         LLM::over("timed", engines.collect(), None)
