@@ -30,8 +30,8 @@ const PROMISED: [(&str, &[&str]); 7] = [
     ("linear_few", &["HMMA", "UTMALDG"]),
     ("linear_narrow", &["HGMMA", "UTMALDG"]),
     ("linear_wide", &["HGMMA", "UTMALDG"]),
+    ("attention_sliced", &["HMMA"]),
     ("attention_paged", &["HMMA", "UBLKCP"]),
-    ("attention_pairs", &["HGMMA", "UBLKCP"]),
     ("attention_prefill", &["HGMMA", "UBLKCP"]),
 ];
 

@@ -4,7 +4,7 @@
 use std::error::Error;
 
 use bitfast_cuda::attention::{
-    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Share, Tiling, block_bytes,
+    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Paged, Share, Sliced, Tiling, block_bytes,
 };
 use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
@@ -123,20 +123,16 @@ impl Bench {
     }
 }
 
-fn decodes(spec: &AttentionSpec) -> Vec<Tiling> {
-    let split = |dim_warps, slots, min_ctas| Tiling {
-        row_warps: 1,
-        dim_warps,
-        slots,
-        min_ctas,
-        share: Share::HalfSplit,
-    };
-    vec![Tiling::decode(spec), split(4, 4, 3), split(4, 12, 1), split(2, 4, 3), split(8, 6, 2)]
+fn decodes(spec: &AttentionSpec, splits: usize) -> Vec<Tiling> {
+    let sliced = [(2, true, 1), (2, true, 2), (4, false, 1), (4, false, 2), (4, false, 4)]
+        .map(|(slices, share_scores, joined)| Sliced { rows: 8, slices, share_scores, joined });
+    let fit = sliced.into_iter().filter(|s| s.joined == 1 || s.joined == splits).map(Tiling::Sliced);
+    [Tiling::decode(spec)].into_iter().chain(fit).collect()
 }
 
 fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
-    let with = |row_warps, slots, share| Tiling { row_warps, dim_warps: 1, slots, min_ctas: 1, share };
-    vec![Tiling::prefill(spec), with(8, 8, Share::Paired), with(8, 4, Share::Whole)]
+    let single = Paged { row_warps: 8, dim_warps: 1, slots: 4, min_ctas: 1, share: Share::Whole };
+    vec![Tiling::prefill(spec), Tiling::Paged(single)]
 }
 
 fn splits(bench: &Bench) -> Result<(), Box<dyn Error>> {
@@ -170,12 +166,24 @@ fn splits(bench: &Bench) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+fn label(tiling: &Tiling) -> String {
+    match tiling {
+        Tiling::Paged(p) => format!("ring of {}, {:?}", p.slots, p.share),
+        Tiling::Sliced(s) => {
+            let scores = if s.share_scores { "shared scores" } else { "all scores" };
+            format!("{} slices, {scores}, {} joined", s.slices, s.joined)
+        }
+        Tiling::Prefill(p) => format!("warpgroups, ring of {}", p.slots),
+    }
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     // Before the card is opened: without one this fills the kernel cache.
     let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
     let mut sources = vec![fill_source()];
     for spec in [QWEN, LLAMA] {
-        sources.extend(decodes(&spec).iter().chain(&prefills(&spec)).map(|t| t.source(&spec)));
+        let decodes = [1, 2, 4].into_iter().flat_map(|splits| decodes(&spec, splits));
+        sources.extend(decodes.chain(prefills(&spec)).map(|t| t.source(&spec)));
     }
     std::thread::scope(|scope| {
         for source in &sources {
@@ -190,18 +198,24 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!("decode");
     for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
-        for (seqs, context) in
-            [(1, 1024), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (256, 1024), (16, 8192)]
-        {
-            for tiling in decodes(&spec) {
+        for (seqs, context) in [
+            (1usize, 1024usize),
+            (1, 2048),
+            (1, 8192),
+            (4, 1024),
+            (8, 1024),
+            (32, 1024),
+            (64, 1024),
+            (256, 1024),
+            (16, 8192),
+        ] {
+            for tiling in decodes(&spec, context.div_ceil(512)) {
                 let us = bench.time(spec, tiling, seqs, context - 1, 1)?;
                 let bytes = (seqs * context * spec.kv_heads * spec.head_dim * 4) as f64;
+                let rate = bytes / us / 1e6;
                 println!(
-                    "{name} {seqs:>3} x {context:<5} warps {} slots {:>2} ctas {}  {us:8.2} us  {:5.2} TB/s",
-                    tiling.dim_warps,
-                    tiling.slots,
-                    tiling.min_ctas,
-                    bytes / us / 1e6
+                    "{name} {seqs:>3} x {context:<5} {:<34} {us:8.2} us  {rate:5.2} TB/s",
+                    label(&tiling)
                 );
             }
         }
@@ -212,11 +226,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             for tiling in prefills(&spec) {
                 let us = bench.time(spec, tiling, seqs, 0, rows)?;
                 let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
+                let rate = flops / us / 1e6;
                 println!(
-                    "{name} {seqs:>2} x {rows:<4} {:?} slots {}  {us:8.1} us  {:6.1} TFLOP/s",
-                    tiling.share,
-                    tiling.slots,
-                    flops / us / 1e6
+                    "{name} {seqs:>2} x {rows:<4} {:<34} {us:8.1} us  {rate:6.1} TFLOP/s",
+                    label(&tiling)
                 );
             }
         }

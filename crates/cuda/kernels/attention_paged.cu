@@ -11,8 +11,6 @@
 // FREE: with SPLIT 1, splits are as long as the item says: the unconstrained mode, whose bits follow the batch.
 //
 // Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT [FREE]
-#define HEADS (GROUP * KV_HEADS)
-#define TILE 64
 #ifdef FREE
 #define SPLIT_TILES ((int)item.split_tiles)
 static_assert(SPLIT, "whole rows fold at the contract's splits");
@@ -23,29 +21,11 @@ static_assert(SPLIT, "whole rows fold at the contract's splits");
 #define ROWS (HALF ? 8 : 16 * ROW_WARPS) // HALF: rows 8 to 15 of the one row tile stay empty
 #define DIMS (D / DIM_WARPS)
 #define NT (DIMS / 8)
-#define TILE_BYTES (TILE * D * 2)
 #define PARTIAL_FLOATS (ROWS * (D + 2))
-static_assert(D % 64 == 0 && DIMS % 16 == 0, "rows of the swizzle are 64 elements");
+static_assert(DIMS % 16 == 0, "products have 16 columns of values");
 static_assert(!HALF || ROW_WARPS == 1, "HALF is for one row tile");
 
-__device__ __forceinline__ void ldmatrix4(u32 (&r)[4], u32 addr) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
-}
-__device__ __forceinline__ void ldmatrix4_trans(u32 (&r)[4], u32 addr) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
-}
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
-__device__ __forceinline__ float4 load_l2(const float* p) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ float2 load2_l2(const float* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-
 template <int N> struct Const {
     static constexpr int value = N;
 };
@@ -59,10 +39,9 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     const int split = blockIdx.x, kv_head = blockIdx.y;
     launch_dependents();
     const Item item = items[blockIdx.z];
-    const Seq seq = seqs[item.seq];
-    const int rows = min((int)(seq.rows * GROUP) - (int)item.row, ROWS); // of this item
-    if (rows <= 0) return;
-    const int end = seq.context + (item.row + rows - 1) / GROUP + 1; // keys that any row attends to
+    const Rows rows(item, seqs[item.seq], ROWS);
+    if (rows.count <= 0) return;
+    const int end = rows.end();
     const int all_tiles = (end + TILE - 1) / TILE, splits = (all_tiles + SPLIT_TILES - 1) / SPLIT_TILES;
     const int first_tile = SPLIT ? split * SPLIT_TILES : 0;
     const int last_tile = SPLIT ? min(first_tile + SPLIT_TILES, all_tiles) : all_tiles;
@@ -75,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     __syncthreads();
 
     if (warp == WARPS) {
-        const u32* table = tables + seq.table;
+        const u32* table = tables + rows.table;
         u32 blocks = 0;
         bool waited = false;
         for (int i = 0; i < 2 * (last_tile - first_tile); i++) {
@@ -83,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
             if (i % 64 == 0) blocks = first_tile + at + lane < last_tile ? table[first_tile + at + lane] : 0;
             const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, at % 32);
             // Only this step's own keys come from the previous kernel.
-            if (!waited && (first_tile + at + 1) * TILE > (int)seq.context) wait_for_producers(), waited = true;
+            if (!waited && (first_tile + at + 1) * TILE > (int)rows.context) wait_for_producers(), waited = true;
             if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
             if (lane == 0) {
                 mbar_expect_tx(full + 8 * slot, TILE_BYTES);
@@ -96,24 +75,18 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
 
     const int g = lane / 4, t = lane % 4, row_warp = warp / DIM_WARPS, dim_warp = warp % DIM_WARPS;
     const int row0 = row_warp * 16 + g, row1 = row0 + 8; // this lane's rows in the item
-    // Rows past the item do as the last one does; nothing of them is written.
-    auto position = [&](int row) { return (int)(seq.context + (item.row + min(row, rows - 1)) / GROUP); };
-    const int pos0 = position(row0), pos1 = position(row1);
-    const int low_pos = position(row_warp * 16), high_pos = position(row_warp * 16 + 15);
-    auto element = [&](int row) { // index of the row's first element in q and out
-        const u32 r = item.row + row;
-        return ((u64)(seq.first_row + r / GROUP) * HEADS + kv_head * GROUP + r % GROUP) * D;
-    };
+    const int pos0 = rows.position(row0), pos1 = rows.position(row1);
+    const int low_pos = rows.position(row_warp * 16), high_pos = rows.position(row_warp * 16 + 15);
     wait_for_producers();
     u32 query[D / 16][4];
     {
-        const bf16 *q0 = q + (row0 < rows ? element(row0) : 0) + 2 * t, *q1 = q + (row1 < rows ? element(row1) : 0) + 2 * t;
+        const bf16 *q0 = q + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + 2 * t, *q1 = q + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + 2 * t;
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
-            query[k][0] = row0 < rows ? *(const u32*)(q0 + 16 * k) : 0;
-            query[k][2] = row0 < rows ? *(const u32*)(q0 + 16 * k + 8) : 0;
-            query[k][1] = !HALF && row1 < rows ? *(const u32*)(q1 + 16 * k) : 0;
-            query[k][3] = !HALF && row1 < rows ? *(const u32*)(q1 + 16 * k + 8) : 0;
+            query[k][0] = row0 < rows.count ? *(const u32*)(q0 + 16 * k) : 0;
+            query[k][2] = row0 < rows.count ? *(const u32*)(q0 + 16 * k + 8) : 0;
+            query[k][1] = !HALF && row1 < rows.count ? *(const u32*)(q1 + 16 * k) : 0;
+            query[k][3] = !HALF && row1 < rows.count ? *(const u32*)(q1 + 16 * k + 8) : 0;
         }
     }
     // This lane's row of ldmatrix: 16 keys x 16 elements of K, 16 keys x 16 elements of V (transposed).
@@ -244,11 +217,11 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
         if (!SPLIT) end_split(splits == 1, true);
         else total0.l = lanes_sum(l0), total1.l = lanes_sum(l1);
         const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
-        bf16 *out0 = out + (row0 < rows ? element(row0) : 0) + dim_warp * DIMS + 2 * t, *out1 = out + (row1 < rows ? element(row1) : 0) + dim_warp * DIMS + 2 * t;
+        bf16 *out0 = out + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + dim_warp * DIMS + 2 * t, *out1 = out + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + dim_warp * DIMS + 2 * t;
 #pragma unroll
         for (int j = 0; j < NT; j++) {
-            if (row0 < rows) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[j][0], inverse0), finish(o[j][1], inverse0));
-            if (!HALF && row1 < rows) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[j][2], inverse1), finish(o[j][3], inverse1));
+            if (row0 < rows.count) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[j][0], inverse0), finish(o[j][1], inverse0));
+            if (!HALF && row1 < rows.count) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[j][2], inverse1), finish(o[j][3], inverse1));
         }
         return;
     }
@@ -259,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
         float* const mine = partial_of(split);
         const float sum0 = lanes_sum(l0), sum1 = lanes_sum(l1);
         auto put = [&](int row, float m, float l, int half) {
-            if (row >= rows) return;
+            if (row >= rows.count) return;
             if (dim_warp == 0 && t == 0) *(float2*)(mine + 2 * row) = make_float2(m, l);
 #pragma unroll
             for (int j = 0; j < NT; j++) *(float2*)(mine + 2 * ROWS + row * D + dim_warp * DIMS + 8 * j + 2 * t) = half ? make_float2(o[j][2], o[j][3]) : make_float2(o[j][0], o[j][1]);
@@ -267,34 +240,38 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
         put(row0, m0, sum0, 0);
         if (!HALF) put(row1, m1, sum1, 1);
     }
-    __threadfence();
     sync_consumers();
-    if (threadIdx.x == 0) {
-        u32* const count = arrived + blockIdx.z * KV_HEADS + kv_head;
-        const bool last = atomicAdd(count, 1) == splits - 1;
-        if (last) *count = 0; // for the next launch
-        *(volatile u32*)smem = last;
-    }
+    if (threadIdx.x == 0) *(volatile u32*)smem = last_to_arrive(arrived + blockIdx.z * KV_HEADS + kv_head, splits);
     sync_consumers();
     if (!*(volatile u32*)smem) return;
-    __threadfence();
-    for (int i = threadIdx.x; i < rows * (D / 4); i += 32 * WARPS) {
+    constexpr int AT_ONCE = 8; // splits whose results are asked for together
+    for (int i = threadIdx.x; i < rows.count * (D / 4); i += 32 * WARPS) {
         const int row = i / (D / 4), dim = i % (D / 4) * 4;
-        auto weights = [&](int split) {
-            const float2 v = load2_l2(partial_of(split) + 2 * row);
-            return Weights{v.x, v.y};
-        };
-        auto values = [&](int split) { return load_l2(partial_of(split) + 2 * ROWS + row * D + dim); };
-        Weights total = weights(0);
-        float4 v = values(0);
-#pragma unroll 4
-        for (int other = 1; other < splits; other++) {
-            const float4 b = values(other);
-            const float2 w = fold(total, weights(other));
-            v = make_float4(join(v.x, b.x, w), join(v.y, b.y, w), join(v.z, b.z, w), join(v.w, b.w, w));
+        Weights total = {-INFINITE, 0.f};
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int first = 0; first < splits; first += AT_ONCE) {
+            float4 value[AT_ONCE];
+            float2 weights[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const float* const from = partial_of(min(first + j, splits - 1));
+                weights[j] = load2_l2(from + 2 * row), value[j] = load4_l2(from + 2 * ROWS + row * D + dim);
+            }
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                if (first + j >= splits) break;
+                const Weights next = {weights[j].x, weights[j].y};
+                const float4 b = value[j];
+                if (first + j == 0) {
+                    total = next, v = b;
+                } else {
+                    const float2 w = fold(total, next);
+                    v = make_float4(join(v.x, b.x, w), join(v.y, b.y, w), join(v.z, b.z, w), join(v.w, b.w, w));
+                }
+            }
         }
         const float inverse = __frcp_rn(total.l);
         const u32 lo = pack_bf16(finish(v.x, inverse), finish(v.y, inverse)), hi = pack_bf16(finish(v.z, inverse), finish(v.w, inverse));
-        *(uint2*)(out + element(row) + dim) = make_uint2(lo, hi);
+        *(uint2*)(out + rows.element(row, kv_head) + dim) = make_uint2(lo, hi);
     }
 }

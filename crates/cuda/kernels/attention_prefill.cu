@@ -8,13 +8,9 @@
 // under way. The fold of the splits so far lies in shared memory.
 //
 // Macros: D GROUP KV_HEADS SLOTS
-#define HEADS (GROUP * KV_HEADS)
-#define TILE 64
 #define SPLIT_TILES 8
 #define ROWS 128
 #define CONSUMERS 256
-#define TILE_BYTES (TILE * D * 2)
-#define SLAB (TILE * 128) // 64 elements of every key of a tile
 #define ACC (D / 2)       // output floats a thread
 static_assert(D == 64 || D == 128, "scores, weights, queries and outputs of larger heads do not fit registers");
 
@@ -44,37 +40,51 @@ template <int N> __device__ __forceinline__ void settled(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Softmax of one row's tile. s becomes P; m and l go on; the factor for what came before is returned. H: the half of each four scores
-// that is this row's. MASKED: some keys are behind `last`, counted from this lane's first.
-template <int H, bool MASKED> __device__ __forceinline__ float soften(float (&s)[32], float& m, float& l, float scale_log2, int last) {
+
+__device__ __forceinline__ float shfl_bfly(float x, int bit) {
+    float r;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(r) : "f"(x), "r"(bit));
+    return r;
+}
+// Softmax of a tile's two rows a thread, side by side.
+template <bool MASKED> __device__ __forceinline__ void soften(float (&s)[32], float& m0, float& m1, float& l0, float& l1, float& rescale0, float& rescale1, float scale_log2, int last0, int last1) {
     if (MASKED) {
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++)
-                if (8 * n + e > last) s[4 * n + H + e] = -INFINITE;
+            for (int e = 0; e < 2; e++) {
+                if (8 * n + e > last0) s[4 * n + e] = -INFINITE;
+                if (8 * n + e > last1) s[4 * n + 2 + e] = -INFINITE;
+            }
     }
-    float best = fmaxf(s[H], s[H + 1]);
+    float b0[4], b1[4];
 #pragma unroll
-    for (int n = 1; n < 8; n++) best = fmaxf(best, fmaxf(s[4 * n + H], s[4 * n + H + 1]));
-    best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
-    best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
-    const float next = fmaxf(m, ceilf(__fmul_rn(best, scale_log2))), rescale = pow2i(__fsub_rn(m, next));
-    l = __fmul_rn(l, rescale), m = next;
+    for (int n = 0; n < 4; n++) b0[n] = fmaxf(s[4 * n], s[4 * n + 1]), b1[n] = fmaxf(s[4 * n + 2], s[4 * n + 3]);
+#pragma unroll
+    for (int n = 4; n < 8; n++) b0[n - 4] = fmaxf(b0[n - 4], fmaxf(s[4 * n], s[4 * n + 1])), b1[n - 4] = fmaxf(b1[n - 4], fmaxf(s[4 * n + 2], s[4 * n + 3]));
+    float best0 = fmaxf(fmaxf(b0[0], b0[1]), fmaxf(b0[2], b0[3])), best1 = fmaxf(fmaxf(b1[0], b1[1]), fmaxf(b1[2], b1[3]));
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const float x = shfl_bfly(best0, bit), y = shfl_bfly(best1, bit);
+        best0 = fmaxf(best0, x), best1 = fmaxf(best1, y);
+    }
+    const float next0 = fmaxf(m0, ceilf(__fmul_rn(best0, scale_log2))), next1 = fmaxf(m1, ceilf(__fmul_rn(best1, scale_log2)));
+    rescale0 = pow2i(__fsub_rn(m0, next0)), rescale1 = pow2i(__fsub_rn(m1, next1));
+    m0 = next0, m1 = next1;
+    l0 = __fmul_rn(l0, rescale0), l1 = __fmul_rn(l1, rescale1);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float& score = s[4 * n + H + e];
-            float p = exp2_poly3(fmaxf(-125.f, __fmaf_rn(score, scale_log2, -next)));
-            if (MASKED && 8 * n + e > last) p = 0.f;
-            score = p;
-            l = __fadd_rn(l, p);
+            float &x = s[4 * n + e], &y = s[4 * n + 2 + e];
+            x = exp2_poly3(fmaxf(-125.f, __fmaf_rn(x, scale_log2, -next0)));
+            y = exp2_poly3(fmaxf(-125.f, __fmaf_rn(y, scale_log2, -next1)));
+            if (MASKED && 8 * n + e > last0) x = 0.f;
+            if (MASKED && 8 * n + e > last1) y = 0.f;
+            l0 = __fadd_rn(l0, x), l1 = __fadd_rn(l1, y);
         }
-    return rescale;
 }
-
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
               const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
     extern __shared__ __align__(1024) u8 smem[];
@@ -82,10 +92,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
     launch_dependents();
     const Item item = items[blockIdx.z];
-    const Seq seq = seqs[item.seq];
-    const int rows = min((int)(seq.rows * GROUP) - (int)item.row, ROWS); // of this item
-    if (rows <= 0) return;
-    const int end = seq.context + (item.row + rows - 1) / GROUP + 1; // keys that any row attends to
+    const Rows rows(item, seqs[item.seq], ROWS);
+    if (rows.count <= 0) return;
+    const int end = rows.end();
     const int tiles = (end + TILE - 1) / TILE, splits = (tiles + SPLIT_TILES - 1) / SPLIT_TILES;
 
     if (threadIdx.x == 0) {
@@ -97,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (warp >= CONSUMERS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp > CONSUMERS / 32) return;
-        const u32* table = tables + seq.table;
+        const u32* table = tables + rows.table;
         u32 blocks = 0;
         bool waited = false;
         for (int i = 0; i < 2 * tiles; i++) {
@@ -105,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (i % 64 == 0) blocks = tile + lane < tiles ? table[tile + lane] : 0;
             const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, tile % 32);
             // Only this step's own keys come from the previous kernel.
-            if (!waited && (tile + 1) * TILE > (int)seq.context) wait_for_producers(), waited = true;
+            if (!waited && (tile + 1) * TILE > (int)rows.context) wait_for_producers(), waited = true;
             if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
             if (lane == 0) {
                 mbar_expect_tx(full + 8 * slot, TILE_BYTES);
@@ -119,23 +128,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int g = lane / 4, t = lane % 4;
     const int row0 = warp * 16 + g, row1 = row0 + 8; // this lane's rows in the item
-    // Rows past the item do as the last one does; nothing of them is written.
-    auto position = [&](int row) { return (int)(seq.context + (item.row + min(row, rows - 1)) / GROUP); };
-    const int pos0 = position(row0), pos1 = position(row1), low_pos = position(warp * 16);
-    auto element = [&](int row) { // index of the row's first element in q and out
-        const u32 r = item.row + row;
-        return ((u64)(seq.first_row + r / GROUP) * HEADS + kv_head * GROUP + r % GROUP) * D;
-    };
+    const int pos0 = rows.position(row0), pos1 = rows.position(row1), low_pos = rows.position(warp * 16);
     wait_for_producers();
     u32 query[D / 16][4];
     {
-        const bf16 *q0 = q + (row0 < rows ? element(row0) : 0) + 2 * t, *q1 = q + (row1 < rows ? element(row1) : 0) + 2 * t;
+        const bf16 *q0 = q + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + 2 * t, *q1 = q + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + 2 * t;
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
-            query[k][0] = row0 < rows ? *(const u32*)(q0 + 16 * k) : 0;
-            query[k][1] = row1 < rows ? *(const u32*)(q1 + 16 * k) : 0;
-            query[k][2] = row0 < rows ? *(const u32*)(q0 + 16 * k + 8) : 0;
-            query[k][3] = row1 < rows ? *(const u32*)(q1 + 16 * k + 8) : 0;
+            query[k][0] = row0 < rows.count ? *(const u32*)(q0 + 16 * k) : 0;
+            query[k][1] = row1 < rows.count ? *(const u32*)(q1 + 16 * k) : 0;
+            query[k][2] = row0 < rows.count ? *(const u32*)(q0 + 16 * k + 8) : 0;
+            query[k][3] = row1 < rows.count ? *(const u32*)(q1 + 16 * k + 8) : 0;
         }
     }
 
@@ -181,11 +184,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     float rescale0, rescale1;
     auto soften_tile = [&](int tile) {
         const int key0 = tile * TILE + 2 * t; // this lane's first
-        if (tile * TILE + TILE - 1 > low_pos) {
-            rescale0 = soften<0, true>(s, m0, l0, scale_log2, pos0 - key0), rescale1 = soften<2, true>(s, m1, l1, scale_log2, pos1 - key0);
-        } else {
-            rescale0 = soften<0, false>(s, m0, l0, scale_log2, 0), rescale1 = soften<2, false>(s, m1, l1, scale_log2, 0);
-        }
+        if (tile * TILE + TILE - 1 > low_pos) soften<true>(s, m0, m1, l0, l1, rescale0, rescale1, scale_log2, pos0 - key0, pos1 - key0);
+        else soften<false>(s, m0, m1, l0, l1, rescale0, rescale1, scale_log2, 0, 0);
     };
     auto pack = [&]() {
 #pragma unroll
@@ -245,10 +245,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     end_split(splits == 1, true, {m0, lanes_sum(l0)}, {m1, lanes_sum(l1)});
 
     const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
-    bf16 *out0 = out + (row0 < rows ? element(row0) : 0) + 2 * t, *out1 = out + (row1 < rows ? element(row1) : 0) + 2 * t;
+    bf16 *out0 = out + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + 2 * t, *out1 = out + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + 2 * t;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
-        if (row0 < rows) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[4 * j], inverse0), finish(o[4 * j + 1], inverse0));
-        if (row1 < rows) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[4 * j + 2], inverse1), finish(o[4 * j + 3], inverse1));
+        if (row0 < rows.count) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[4 * j], inverse0), finish(o[4 * j + 1], inverse0));
+        if (row1 < rows.count) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[4 * j + 2], inverse1), finish(o[4 * j + 3], inverse1));
     }
 }

@@ -2,7 +2,7 @@
 
 use bitfast_ops::{LinearKind, NormDesc};
 
-use crate::attention::{AttentionSpec, Share, Tiling};
+use crate::attention::{AttentionSpec, Tiling};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
 use crate::rows::{QkvPrepSpec, RowOp};
@@ -71,11 +71,8 @@ const HEADS: [AttentionSpec; 7] = [
 ];
 
 fn attention_kernels() -> impl Iterator<Item = KernelSource> {
-    HEADS
-        .into_iter()
-        .flat_map(|spec| [Tiling::decode(&spec), Tiling::prefill(&spec)].map(|tiling| tiling.source(&spec)))
-        .chain(HEADS.into_iter().map(|spec| Tiling::unconstrained(&spec).source(&spec)))
-        .chain([Tiling { share: Share::Paired, ..Tiling::prefill(&HEADS[0]) }.source(&HEADS[0])])
+    let tilings = |spec| Tiling::planned(spec).into_iter().chain([Tiling::unconstrained(spec)]);
+    HEADS.iter().flat_map(move |spec| tilings(spec).map(|tiling| tiling.source(spec)))
 }
 
 fn row_kernels() -> Vec<KernelSource> {

@@ -4,8 +4,8 @@
 use std::sync::Mutex;
 
 use bitfast_cuda::attention::{
-    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Cached, Share, Tiling, block_bytes,
-    element_offset,
+    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Cached, Paged, Prefill, Share, Sliced, Tiling,
+    block_bytes, element_offset,
 };
 use bitfast_cuda::driver::{Buffer, Overlap};
 use bitfast_cuda::jit::KernelSource;
@@ -117,23 +117,44 @@ impl Batch {
     }
 }
 
-/// The two plans, and others: few and many rows a block, one warp and eight, the smallest ring.
+/// All that plans pick, and others: few and many rows a block, one warp and eight, the smallest ring, slices of all sizes.
 fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
-    let with =
-        |row_warps, dim_warps, slots, share| Tiling { row_warps, dim_warps, slots, min_ctas: 1, share };
-    let mut all = vec![
-        Tiling::decode(spec),
-        Tiling::prefill(spec),
+    let paged = |row_warps, dim_warps, slots, share| {
+        Tiling::Paged(Paged { row_warps, dim_warps, slots, min_ctas: 1, share })
+    };
+    let mut all = Tiling::planned(spec);
+    all.extend([
         Tiling::decode_whole(spec),
-        with(1, 4, 2, Share::Split),
-        with(2, 2, 3, Share::Split),
-        with(1, 4, 3, Share::HalfSplit),
-        with(3, 2, 2, Share::Whole),
-    ];
+        paged(1, 4, 2, Share::Split),
+        paged(2, 2, 3, Share::Split),
+        paged(1, 4, 3, Share::HalfSplit),
+        paged(3, 2, 2, Share::Whole),
+    ]);
     if spec.head_dim <= 128 {
-        all.extend([with(8, 1, 3, Share::Pipelined), with(8, 1, 4, Share::Whole)]);
+        all.extend([Tiling::Prefill(Prefill { slots: 3 }), paged(8, 1, 4, Share::Whole)]);
+    }
+    for (rows, slices, share_scores, joined) in [
+        (8, 2, true, 1),
+        (16, 2, true, 2),
+        (8, 4, true, 1),
+        (16, 4, true, 2),
+        (8, 8, true, 1),
+        (8, 4, false, 1),
+        (16, 4, false, 2),
+        (8, 8, false, 4),
+    ] {
+        let fits = share_scores || spec.head_dim <= 128;
+        if fits && (16..=64).contains(&(spec.head_dim / slices)) {
+            all.push(Tiling::Sliced(Sliced { rows, slices, share_scores, joined }));
+        }
     }
     all
+}
+
+/// Whether a launch of these sequences may be under `tiling`: splits that share a cluster are all splits.
+fn takes(tiling: &Tiling, shapes: &[(usize, usize)]) -> bool {
+    let Tiling::Sliced(Sliced { joined, .. }) = tiling else { return true };
+    *joined == 1 || shapes.iter().all(|(context, rows)| (context + rows).div_ceil(512) <= *joined)
 }
 
 struct OnGpu {
@@ -193,7 +214,9 @@ fn batches() -> Vec<Vec<(usize, usize)>> {
     let prefill: Vec<_> = [1, 7, 16, 17, 33, 64, 129].map(|rows| (0, rows)).to_vec();
     let chunks = vec![(63, 2), (448, 129), (1000, 33), (510, 3), (64, 64), (1, 17)];
     let mixed = vec![(700, 1), (0, 70), (511, 1), (500, 40), (512, 1), (5, 7), (1535, 3)];
-    vec![decode, prefill, chunks, mixed]
+    // Of at most two splits, so that all of them fit a cluster.
+    let short = vec![(0, 1), (63, 1), (510, 3), (511, 1), (512, 1), (1000, 5), (1023, 1)];
+    vec![decode, prefill, chunks, mixed, short]
 }
 
 fn sources() -> Vec<KernelSource> {
@@ -220,7 +243,7 @@ fn every_tiling_equals_the_reference() {
             let expected = bytes(&batch.reference(Class::Hopper));
             let data = upload(&gpu, &batch);
             let all: Vec<usize> = (0..shapes.len()).collect();
-            for tiling in tilings(spec) {
+            for tiling in tilings(spec).into_iter().filter(|t| takes(t, shapes)) {
                 failures.extend(check(&gpu, &batch, &data, &[(tiling, all.clone())], &expected));
                 compared += 1;
             }
@@ -235,23 +258,6 @@ fn every_tiling_equals_the_reference() {
     let first: Vec<_> = failures.iter().take(40).collect();
     assert!(failures.is_empty(), "{} of {compared} differ: {first:#?}", failures.len());
     println!("attention: {compared} runs equal the reference, {} kernels", sources.len());
-}
-
-/// The prefill plan that takes two tiles of keys at a time.
-#[test]
-#[ignore = "needs an H100 or H200"]
-fn paired_tiles_equal_the_reference() {
-    let gpu = gpu();
-    let tiling = Tiling { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Paired };
-    for (s, spec) in specs().iter().filter(|s| s.head_dim <= 128).enumerate() {
-        for (b, shapes) in batches().iter().enumerate() {
-            let batch = Batch::new(*spec, shapes, (s * 10 + b) as u64 + 1);
-            let expected = bytes(&batch.reference(Class::Hopper));
-            let parts = [(tiling, (0..shapes.len()).collect())];
-            let difference = check(&gpu, &batch, &upload(&gpu, &batch), &parts, &expected);
-            assert_eq!(difference, None, "{spec:?}");
-        }
-    }
 }
 
 /// Splits of any length, for the unconstrained mode: of the contract's length they have the law's bits, of others they are close and have not.
@@ -313,10 +319,10 @@ fn small_batches() {
     let mut compared = 0;
     for (heads, kv_heads, head_dim) in [(4, 2, 64), (2, 1, 128), (2, 1, 256)] {
         let spec = AttentionSpec { heads, kv_heads, head_dim };
-        let batch = Batch::new(spec, &[(63, 1), (510, 5), (0, 20)], 4);
+        let shapes = [(63, 1), (510, 5), (0, 20)];
+        let batch = Batch::new(spec, &shapes, 4);
         let (expected, data) = (bytes(&batch.reference(Class::Hopper)), upload(&gpu, &batch));
-        let paired = Tiling { row_warps: 8, dim_warps: 1, slots: 8, min_ctas: 1, share: Share::Paired };
-        for tiling in tilings(&spec).into_iter().chain((head_dim <= 128).then_some(paired)) {
+        for tiling in tilings(&spec).into_iter().filter(|t| takes(t, &shapes)) {
             let difference = check(&gpu, &batch, &data, &[(tiling, vec![0, 1, 2])], &expected);
             assert_eq!(difference, None);
             compared += 1;
@@ -336,7 +342,8 @@ fn anchor_heads_at_every_number_of_tokens() {
     let compare = Compare::new(&gpu);
     let specs = [(9, 3, 64), (32, 8, 64), (16, 8, 128), (32, 8, 128), (8, 2, 256)]
         .map(|(heads, kv_heads, head_dim)| AttentionSpec { heads, kv_heads, head_dim });
-    let other = Tiling { row_warps: 3, dim_warps: 2, slots: 2, min_ctas: 1, share: Share::Whole };
+    let other =
+        Tiling::Paged(Paged { row_warps: 3, dim_warps: 2, slots: 2, min_ctas: 1, share: Share::Whole });
     let plans = |s: &AttentionSpec| [Tiling::decode(s), Tiling::decode_whole(s), Tiling::prefill(s), other];
     let sources = |s: &AttentionSpec| plans(s).map(|t| t.source(s));
     gpu.prepare(&specs.iter().flat_map(sources).collect::<Vec<_>>());
@@ -437,7 +444,7 @@ fn attention_behind_qkv_prep_equals_the_reference() {
         }
         (gpu.upload(&bytes(&qkv)), bytes(&batch.reference(Class::Hopper)), gpu.poisoned(rows * 2048))
     });
-    for tiling in [Tiling::decode(&spec), Tiling::prefill(&spec)] {
+    for tiling in Tiling::planned(&spec).into_iter().filter(|t| takes(t, &shapes)) {
         let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
         let work = attention.work(&first.seqs, &(0..shapes.len()).collect::<Vec<_>>());
         let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
@@ -472,7 +479,7 @@ fn repeated_launches_are_equal() {
         let batch = Batch::new(spec, &batches()[shapes], 3);
         let data = upload(&gpu, &batch);
         let expected = bytes(&batch.reference(Class::Hopper));
-        for tiling in tilings(&spec) {
+        for tiling in tilings(&spec).into_iter().filter(|t| takes(t, &batches()[shapes])) {
             let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
             let work = attention.work(&batch.seqs, &(0..batch.seqs.len()).collect::<Vec<_>>());
             let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");

@@ -65,7 +65,7 @@ impl Extent {
 
     /// Bytes of arrival counts.
     pub fn arrived_bytes(&self) -> usize {
-        self.items * self.spec.kv_heads * 4
+        self.items * self.spec.kv_heads * self.tiling.counts() * 4
     }
 }
 

@@ -356,7 +356,6 @@ fn by_occupancy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::Share;
 
     const SPEC: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
 
@@ -419,7 +418,7 @@ mod tests {
     #[test]
     fn a_step_with_too_many_splits_does_without() {
         let found = plans(&decoding(&[100_000; 64]), None);
-        assert_eq!(found[0].extent.tiling.share, Share::Whole);
+        assert_eq!(found[0].extent.tiling, Tiling::decode_whole(&SPEC));
         assert_eq!(found[0].extent.partials, 0);
     }
 

@@ -1,0 +1,284 @@
+use super::{AttentionSpec, BLOCK_TOKENS};
+use crate::jit::KernelSource;
+use crate::rows::MATH;
+
+const SHARED: &str = include_str!("../../kernels/attention.cuh");
+const PAGED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_paged.cu")];
+const SLICED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_sliced.cu")];
+const PREFILL: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_prefill.cu")];
+
+/// Shared memory that a block may use on sm_90, bytes.
+const SMEM_LIMIT: usize = 232_448;
+/// Rows of a prefill block.
+const PREFILL_ROWS: usize = 128;
+/// Blocks up to which sharing a split is faster than a ring.
+const SLICED_BLOCKS: usize = 128;
+/// Elements of the output that a block of a cluster may have: 16 for each of up to four warps.
+const SLICES: [usize; 3] = [16, 32, 64];
+/// Tiles of a split.
+const SPLIT_TILES: usize = bitfast_ops::contract::ATTN_SPLIT_KEYS / BLOCK_TOKENS;
+
+/// How attention is computed; never what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tiling {
+    /// A block streams the keys of its rows through a ring.
+    Paged(Paged),
+    /// Blocks share a split by slices of the output, for few rows in all.
+    Sliced(Sliced),
+    /// Warpgroups, for many rows.
+    Prefill(Prefill),
+}
+
+/// Products of single warps, keys and values through a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Paged {
+    /// Warps over rows, 16 each. A row is a (token, head of the group) pair.
+    pub row_warps: usize,
+    /// Warps over the output's elements; each computes the scores anew.
+    pub dim_warps: usize,
+    /// Ring slots (64 keys or values each).
+    pub slots: usize,
+    /// Blocks that share a multiprocessor.
+    pub min_ctas: usize,
+    /// What one block computes.
+    pub share: Share,
+}
+
+/// The part of a row's keys that one block takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Share {
+    /// One split of 512; the last block of a row joins them.
+    Split,
+    /// All splits, one after the other.
+    Whole,
+    /// As `Split`, for at most 8 rows.
+    HalfSplit,
+    /// As `Split`, but splits are as long as an item says: the unconstrained mode, with bits of its own.
+    FreeSplit,
+    /// As `FreeSplit`, for at most 8 rows.
+    FreeHalfSplit,
+}
+
+/// Blocks that each have a slice of a split's output, and all or some of its scores to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Sliced {
+    /// Rows of an item: 8 or 16.
+    pub rows: usize,
+    /// Blocks of a split: 2, 4 or 8, with 16, 32 or 64 elements of the output for each.
+    pub slices: usize,
+    /// Whether they share scores out among them, as a cluster; else each computes all.
+    pub share_scores: bool,
+    /// Splits of a cluster: 1, or all that any item of a launch has; at most 8 blocks in all.
+    pub joined: usize,
+}
+
+/// All splits of 128 rows, on two warpgroups with a pipeline of their own; for heads of up to 128.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Prefill {
+    /// Ring slots (64 keys or values each).
+    pub slots: usize,
+}
+
+impl Tiling {
+    /// For few rows a sequence (decode): splits go to blocks of their own.
+    pub fn decode(spec: &AttentionSpec) -> Self {
+        Self::Paged(Paged::decode(spec))
+    }
+
+    /// As [`decode`](Self::decode) for a launch of so few items, of at most `splits` splits each, that blocks of the card would stay idle.
+    /// None if there are more.
+    pub fn decode_few(spec: &AttentionSpec, items: usize, splits: usize) -> Option<Self> {
+        let units = items * splits * spec.kv_heads;
+        let fits = |c: &Sliced| (c.joined == 1 || splits == c.joined) && units * c.slices <= SLICED_BLOCKS;
+        Sliced::choices(spec).find(fits).map(Self::Sliced)
+    }
+
+    /// As [`decode`](Self::decode), with splits of any length: for the unconstrained mode.
+    pub fn unconstrained(spec: &AttentionSpec) -> Self {
+        let share = if spec.group() <= 8 { Share::FreeHalfSplit } else { Share::FreeSplit };
+        Self::Paged(Paged { share, ..Paged::decode(spec) })
+    }
+
+    /// As [`decode`](Self::decode), with all splits of a row in one block: no partial results, for steps that would have too many.
+    pub fn decode_whole(spec: &AttentionSpec) -> Self {
+        let slots = (96_000 / (128 * spec.head_dim)).clamp(2, 16);
+        Self::Paged(Paged { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share: Share::Whole })
+    }
+
+    /// For many rows a sequence (prefill).
+    pub fn prefill(spec: &AttentionSpec) -> Self {
+        if spec.head_dim <= 128 {
+            return Self::Prefill(Prefill { slots: 8 });
+        }
+        // Larger heads: more warps over the output, so that a warp's sums stay in registers.
+        Self::Paged(Paged { row_warps: 2, dim_warps: 4, slots: 4, min_ctas: 1, share: Share::Whole })
+    }
+
+    /// All that plans of the contract's mode may pick for `spec`.
+    pub fn planned(spec: &AttentionSpec) -> Vec<Self> {
+        let sliced = Sliced::choices(spec).map(Self::Sliced);
+        sliced.chain([Self::decode(spec), Self::prefill(spec)]).collect()
+    }
+
+    /// Rows of an item of work.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Paged(paged) if paged.is_half() => 8,
+            Self::Paged(paged) => 16 * paged.row_warps,
+            Self::Sliced(sliced) => sliced.rows,
+            Self::Prefill(_) => PREFILL_ROWS,
+        }
+    }
+
+    /// Whether the items say how long splits are.
+    pub(crate) fn is_free(&self) -> bool {
+        matches!(self, Self::Paged(Paged { share: Share::FreeSplit | Share::FreeHalfSplit, .. }))
+    }
+
+    /// Whether a block takes all splits of its rows.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(self, Self::Paged(Paged { share: Share::Whole, .. }) | Self::Prefill(_))
+    }
+
+    /// Threads of a block: with a producer warp, or warpgroup, where there is a ring.
+    pub fn threads(&self) -> usize {
+        match self {
+            Self::Paged(paged) => 32 * (paged.row_warps * paged.dim_warps + 1),
+            Self::Sliced(_) => 256,
+            Self::Prefill(_) => 2 * PREFILL_ROWS + 128,
+        }
+    }
+
+    /// Blocks of a launch whose items have at most `max_splits` splits: for each item and key/value head.
+    pub(crate) fn blocks(&self, max_splits: usize) -> usize {
+        match self {
+            Self::Sliced(c) => max_splits.next_multiple_of(c.joined) * c.slices,
+            _ if self.is_whole() => 1,
+            _ => max_splits,
+        }
+    }
+
+    /// The kernel's source for `spec`.
+    pub fn source(&self, spec: &AttentionSpec) -> KernelSource {
+        assert!(spec.head_dim.is_multiple_of(64), "heads of {}", spec.head_dim);
+        let (name, parts, own) = match self {
+            Self::Paged(paged) => ("attention_paged", PAGED, paged.macros(spec)),
+            Self::Sliced(sliced) => ("attention_sliced", SLICED, sliced.macros(spec)),
+            Self::Prefill(prefill) => ("attention_prefill", PREFILL, prefill.macros(spec)),
+        };
+        let heads = [("D", spec.head_dim), ("GROUP", spec.group()), ("KV_HEADS", spec.kv_heads)];
+        let defines = heads.into_iter().chain(own).map(|(name, value)| (name, value as i64)).collect();
+        KernelSource { name, parts, defines, wgmma_n: None }
+    }
+
+    /// Dynamic shared memory of a block; panics if a block cannot have so much.
+    pub fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
+        let ring = |slots: usize| slots * (BLOCK_TOKENS * spec.head_dim * 2 + 16);
+        let fold = if self.is_whole() { self.rows() * spec.head_dim * 4 } else { 0 };
+        let bytes = match self {
+            Self::Paged(paged) => ring(paged.slots) + fold,
+            Self::Sliced(sliced) => sliced.smem_bytes(spec),
+            Self::Prefill(prefill) => ring(prefill.slots) + fold,
+        };
+        assert!(bytes <= SMEM_LIMIT, "{self:?} needs {bytes} bytes of shared memory for {spec:?}");
+        bytes
+    }
+
+    /// Bytes of one split's partial results over all key/value heads.
+    pub(crate) fn partial_bytes(&self, spec: &AttentionSpec) -> usize {
+        let copies = if let Self::Sliced(sliced) = self { sliced.slices } else { 1 };
+        spec.kv_heads * self.rows() * (spec.head_dim + 2 * copies) * 4
+    }
+
+    /// Counts of arrivals for each item and key/value head.
+    pub(crate) fn counts(&self) -> usize {
+        if let Self::Sliced(sliced) = self { sliced.slices } else { 1 }
+    }
+}
+
+type Macros = Vec<(&'static str, usize)>;
+
+impl Paged {
+    fn decode(spec: &AttentionSpec) -> Self {
+        let share = if spec.group() <= 8 { Share::HalfSplit } else { Share::Split };
+        // Two blocks a multiprocessor, with as much of the cache on its way as shared memory holds.
+        let slots = (110_000 / (128 * spec.head_dim)).min(16);
+        Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share }
+    }
+
+    fn is_half(&self) -> bool {
+        matches!(self.share, Share::HalfSplit | Share::FreeHalfSplit)
+    }
+
+    fn macros(&self, spec: &AttentionSpec) -> Macros {
+        assert!(
+            (spec.head_dim / self.dim_warps).is_multiple_of(16),
+            "{self:?} for heads of {}",
+            spec.head_dim
+        );
+        let mut macros = vec![
+            ("SLOTS", self.slots),
+            ("ROW_WARPS", self.row_warps),
+            ("DIM_WARPS", self.dim_warps),
+            ("HALF", usize::from(self.is_half())),
+            ("MIN_CTAS", self.min_ctas),
+            ("SPLIT", usize::from(self.share != Share::Whole)),
+        ];
+        macros.extend(matches!(self.share, Share::FreeSplit | Share::FreeHalfSplit).then_some(("FREE", 1)));
+        macros
+    }
+}
+
+impl Sliced {
+    /// What [`Tiling::decode_few`] chooses from, the fastest first.
+    fn choices(spec: &AttentionSpec) -> impl Iterator<Item = Self> {
+        let (rows, head_dim) = (if spec.group() <= 8 { 8 } else { 16 }, spec.head_dim);
+        // All keys of a split fit one block's memory up to heads of 128.
+        let alone = head_dim <= 128;
+        [(4, !alone, 2), (4, !alone, 4), (4, !alone, 1), (2, true, 1)]
+            .into_iter()
+            .map(move |(slices, share_scores, joined)| Self { rows, slices, share_scores, joined })
+            .filter(move |sliced| sliced.fits(head_dim))
+    }
+
+    fn fits(&self, head_dim: usize) -> bool {
+        SLICES.contains(&(head_dim / self.slices)) && self.cluster() <= 8
+    }
+
+    fn peers(&self) -> usize {
+        if self.share_scores { self.slices } else { 1 }
+    }
+
+    fn cluster(&self) -> usize {
+        self.peers() * self.joined
+    }
+
+    fn macros(&self, spec: &AttentionSpec) -> Macros {
+        assert!(
+            [8, 16].contains(&self.rows) && self.fits(spec.head_dim),
+            "{self:?} for heads of {}",
+            spec.head_dim
+        );
+        vec![("ROWS", self.rows), ("SLICES", self.slices), ("PEERS", self.peers()), ("JOINED", self.joined)]
+    }
+
+    /// As the kernel lays it out.
+    fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
+        let Self { rows, slices, joined, .. } = *self;
+        let (keys, slice) = (SPLIT_TILES * BLOCK_TOKENS, spec.head_dim / slices);
+        let own_keys = keys / self.peers() * spec.head_dim * 2;
+        let weights = rows * (keys + 8) * 6;
+        let values = keys * (slice * 2 + 16);
+        let scores = rows * keys * 4;
+        let factors = (SPLIT_TILES + 2) * rows * 4;
+        let join = if joined > 1 { joined * rows * (slice + 2) * 4 } else { 0 };
+        own_keys.max(weights) + values + scores + factors + 32 + join
+    }
+}
+
+impl Prefill {
+    fn macros(&self, spec: &AttentionSpec) -> Macros {
+        assert!(spec.head_dim <= 128, "{self:?} for heads of {}", spec.head_dim);
+        vec![("SLOTS", self.slots)]
+    }
+}
