@@ -39,6 +39,7 @@ pub struct FakeRunner {
     steps: u64,
     asleep: bool,
     wake_attempts: u64,
+    behind: bool,
 }
 
 impl FakeRunner {
@@ -70,7 +71,13 @@ impl FakeRunner {
             steps: 0,
             asleep: false,
             wake_attempts: 0,
+            behind: false,
         }
+    }
+
+    /// As a device that computes while the host is free: the engine tells a step's events during the next one.
+    pub fn behind(self, behind: bool) -> Self {
+        Self { behind, ..self }
     }
 
     /// The hash of the sequence's tokens `0..=last`, read through its block table.
@@ -153,6 +160,10 @@ impl FakeRunner {
 }
 
 impl Runner for FakeRunner {
+    fn runs_behind(&self) -> bool {
+        self.behind
+    }
+
     fn info(&self) -> RunnerInfo {
         self.info.clone()
     }

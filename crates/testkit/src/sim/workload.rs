@@ -39,6 +39,8 @@ pub struct EpisodeConfig {
     pub fault: Fault,
     /// Fault of the salts.
     pub salts: Salts,
+    /// The runner computes behind the host.
+    pub behind: bool,
 }
 
 impl EpisodeConfig {
@@ -85,6 +87,7 @@ impl EpisodeConfig {
             prefixes,
             fault: Fault::None,
             salts: Salts::Respected,
+            behind: rng.one_in(2),
         }
     }
 
@@ -98,6 +101,7 @@ impl EpisodeConfig {
             self.max_logit_rows,
             self.fault,
         )
+        .behind(self.behind)
     }
 
     /// Draws request number `number`. It is valid unless the prompt leaves no room for a token.
