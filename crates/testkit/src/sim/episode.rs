@@ -202,7 +202,9 @@ impl Episode {
                 0 => tracked.guard = None,
                 1 => tracked.guard.iter().for_each(|guard| guard.abort()),
                 // Where events are told a step late, it may have ended.
-                _ => assert!(self.handle.abort(tracked.id()) || self.config.behind, "{} is live", tracked.id()),
+                _ => {
+                    assert!(self.handle.abort(tracked.id()) || self.config.behind, "{} is live", tracked.id())
+                }
             }
         }
         if self.rng.one_in(40) {
