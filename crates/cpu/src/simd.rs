@@ -34,31 +34,29 @@ pub(crate) struct Avx512Bf16;
 impl Narrow for Avx512Bf16 {
     #[inline(always)]
     unsafe fn narrow<const N: usize>(src: &[f32; N], dst: &mut [bf16; N]) {
-        // SAFETY: the caller's promise.
-        unsafe { narrow_avx512_bf16(src, dst) }
+        const DENORMAL: i32 = 0x20;
+        let (blocks, rest) = src.as_chunks::<16>();
+        let (out, out_rest) = dst.as_chunks_mut::<16>();
+        let mut denormal = 0;
+        for (x, out) in blocks.iter().zip(out) {
+            // SAFETY: sixteen numbers each, of any alignment; the caller's promise.
+            unsafe {
+                let x = _mm512_loadu_ps(x.as_ptr());
+                denormal |= _mm512_fpclass_ps_mask::<DENORMAL>(x);
+                out.as_mut_ptr().cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(x));
+            }
+        }
+        exact::narrow(rest, out_rest);
+        if denormal != 0 {
+            narrow_rarely(src, dst);
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512bf16")]
-fn narrow_avx512_bf16<const N: usize>(src: &[f32; N], dst: &mut [bf16; N]) {
-    const DENORMAL: i32 = 0x20;
-    let (blocks, rest) = src.as_chunks::<16>();
-    let (out, out_rest) = dst.as_chunks_mut::<16>();
-    let mut denormal = 0;
-    for (x, out) in blocks.iter().zip(out) {
-        // SAFETY: sixteen numbers each, of any alignment.
-        unsafe {
-            let x = _mm512_loadu_ps(x.as_ptr());
-            denormal |= _mm512_fpclass_ps_mask::<DENORMAL>(x);
-            out.as_mut_ptr().cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(x));
-        }
-    }
-    exact::narrow(rest, out_rest);
-    if denormal != 0 {
-        exact::narrow(src, dst);
-    }
+#[cold]
+fn narrow_rarely(src: &[f32], dst: &mut [bf16]) {
+    exact::narrow(src, dst);
 }
 
 /// Whether [`Avx512Bf16`] is for this machine.
@@ -103,9 +101,9 @@ macro_rules! per_isa_narrow {
         $(#[$doc])*
         #[inline]
         $vis fn $name(isa: $crate::Isa, $($arg: $ty),*) {
-            use $crate::simd::{Defined, Narrow};
+            use $crate::simd::Defined;
             #[inline(always)]
-            fn body<$n: Narrow>($($arg: $ty),*) $body
+            fn body<$n: $crate::simd::Narrow>($($arg: $ty),*) $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
             fn avx512_bf16($($arg: $ty),*) { body::<$crate::simd::Avx512Bf16>($($arg),*) }
@@ -170,7 +168,10 @@ per_isa_narrow! {
         let (blocks, rest) = residual.as_chunks_mut::<BLOCK>();
         let (deltas, delta_rest) = delta.as_chunks::<BLOCK>();
         for (r, d) in blocks.iter_mut().zip(deltas) {
-            let sum = std::array::from_fn(|i| exact::bf16_to_f32(r[i]) + exact::bf16_to_f32(d[i]));
+            let mut sum = [0f32; BLOCK];
+            for (sum, (r, d)) in sum.iter_mut().zip(r.iter().zip(d)) {
+                *sum = exact::bf16_to_f32(*r) + exact::bf16_to_f32(*d);
+            }
             // SAFETY: `body` is compiled with the instructions of `N`.
             unsafe { N::narrow(&sum, r) };
         }
@@ -187,17 +188,25 @@ const BLOCK: usize = 32;
 fn scale_row<N: Narrow>(x: &[bf16], w: &[f32], eps: f32, out: &mut [bf16]) {
     assert_eq!((x.len(), x.len()), (w.len(), out.len()), "rms_norm: lengths differ");
     let r = exact::rms_scale(x, eps);
-    let scaled = |x: bf16, w: f32| (exact::bf16_to_f32(x) * r) * w;
     let (x, x_rest) = x.as_chunks::<BLOCK>();
     let (w, w_rest) = w.as_chunks::<BLOCK>();
     let (out, out_rest) = out.as_chunks_mut::<BLOCK>();
     for ((x, w), out) in x.iter().zip(w).zip(out) {
+        let mut y = [0f32; BLOCK];
+        for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
+            *y = scaled(*x, r, *w);
+        }
         // SAFETY: the caller has the instructions.
-        unsafe { N::narrow(&std::array::from_fn(|i| scaled(x[i], w[i])), out) };
+        unsafe { N::narrow(&y, out) };
     }
     for ((x, w), out) in x_rest.iter().zip(w_rest).zip(out_rest) {
-        *out = exact::f32_to_bf16(scaled(*x, *w));
+        *out = exact::f32_to_bf16(scaled(*x, r, *w));
     }
+}
+
+#[inline(always)]
+fn scaled(x: bf16, r: f32, w: f32) -> f32 {
+    (exact::bf16_to_f32(x) * r) * w
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

@@ -1,5 +1,6 @@
 //! What becomes of a block of C: its leaves are joined, rounded and written to the output.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use bitfast_ops::contract::Join;
@@ -7,7 +8,7 @@ use bitfast_ops::{bf16, exact};
 
 use crate::Isa;
 use crate::micro::TILE_N;
-use crate::simd::{per_isa, per_isa_narrow};
+use crate::simd::{Narrow, per_isa, per_isa_narrow};
 use crate::tensor::TensorMut;
 use crate::weight::PANEL;
 
@@ -108,22 +109,11 @@ per_isa_narrow! {
         match out {
             Output::Bf16(out) => {
                 let (col, len) = columns(tiles.start, tiles.len(), out.cols());
-                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; PANEL_N]| {
-                    // SAFETY: `body` is compiled with the instructions of `R`.
-                    unsafe { R::narrow(sums, out) };
-                });
+                store_rows::<Rounded<R>, PANEL_N>(out, first_row, col, len, sums);
             }
             Output::SiluMul(out) => {
                 let (col, len) = columns(tiles.start / 2, tiles.len() / 2, out.cols());
-                store_rows(out, first_row, col, len, sums, |sums: &[f32; PANEL_N], out: &mut [bf16; TILE_N]| {
-                    let mut both = [bf16::ZERO; PANEL_N];
-                    // SAFETY: as above.
-                    unsafe { R::narrow(sums, &mut both) };
-                    let silu: [f32; TILE_N] =
-                        std::array::from_fn(|i| exact::silu_mul_unrounded(both[i], both[TILE_N + i]));
-                    // SAFETY: as above.
-                    unsafe { R::narrow(&silu, out) };
-                });
+                store_rows::<Silu<R>, TILE_N>(out, first_row, col, len, sums);
             }
             Output::F32(out) => {
                 let (col, len) = columns(tiles.start, tiles.len(), out.cols());
@@ -136,27 +126,60 @@ per_isa_narrow! {
     }
 }
 
-/// Writes `f` of every row of sums to `len <= N` columns of the output.
+/// What a panel's row of sums becomes. (No closure: these have to be inlined, to be compiled for the instruction set.)
+trait RowOp<const N: usize> {
+    /// # Safety
+    /// The machine has the instructions.
+    unsafe fn row(sums: &[f32; PANEL_N], out: &mut [bf16; N]);
+}
+
+struct Rounded<R>(PhantomData<R>);
+
+impl<R: Narrow> RowOp<PANEL_N> for Rounded<R> {
+    #[inline(always)]
+    unsafe fn row(sums: &[f32; PANEL_N], out: &mut [bf16; PANEL_N]) {
+        // SAFETY: the caller's promise.
+        unsafe { R::narrow(sums, out) }
+    }
+}
+
+/// Gates and ups, both rounded, joined.
+struct Silu<R>(PhantomData<R>);
+
+impl<R: Narrow> RowOp<TILE_N> for Silu<R> {
+    #[inline(always)]
+    unsafe fn row(sums: &[f32; PANEL_N], out: &mut [bf16; TILE_N]) {
+        let (mut both, mut silu) = ([bf16::ZERO; PANEL_N], [0f32; TILE_N]);
+        // SAFETY: the caller's promise.
+        unsafe { R::narrow(sums, &mut both) };
+        for (i, silu) in silu.iter_mut().enumerate() {
+            *silu = exact::silu_mul_unrounded(both[i], both[TILE_N + i]);
+        }
+        // SAFETY: as above.
+        unsafe { R::narrow(&silu, out) };
+    }
+}
+
+/// Writes every row of sums, as `F` makes it, to `len <= N` columns of the output.
 #[inline(always)]
-fn store_rows<const N: usize>(
+fn store_rows<F: RowOp<N>, const N: usize>(
     out: TensorMut<'_>,
     first_row: usize,
     col: usize,
     len: usize,
     sums: &[[f32; PANEL_N]],
-    f: impl Fn(&[f32; PANEL_N], &mut [bf16; N]),
 ) {
     let (start, stride) = out.bf16_block(first_row, sums.len(), col, len);
     for (i, sums) in sums.iter().enumerate() {
         let row = start.wrapping_add(i * stride);
         // SAFETY: inside the block that `bf16_block` has checked; these columns belong to tiles that this thread
-        // alone has.
+        // alone has. The function that this one is part of is compiled with the instructions of `F`.
         unsafe {
             if len == N {
-                f(sums, &mut *row.cast::<[bf16; N]>());
+                F::row(sums, &mut *row.cast::<[bf16; N]>());
             } else {
                 let mut whole = [bf16::ZERO; N];
-                f(sums, &mut whole);
+                F::row(sums, &mut whole);
                 std::slice::from_raw_parts_mut(row, len).copy_from_slice(&whole[..len]);
             }
         }
