@@ -233,7 +233,13 @@ fn the_cost_of_the_law_is_measured_in_processes_of_their_own() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn ctrl_c_ends_the_process_of_a_phase_too() {
+fn the_process_of_a_phase_ends_with_its_caller() {
+    a_phase_ends("-INT", Some(130));
+    a_phase_ends("-KILL", None);
+}
+
+#[cfg(target_os = "linux")]
+fn a_phase_ends(name: &str, expected: Option<i32>) {
     let args =
         ["bench", "batch-invariance", "--model", "tiny-llama", "--load-format", "dummy", "--device", "cpu"];
     let small = ["--num-trials", "1000000", "--batch-size", "2", "--min-prompt", "4", "--max-prompt", "8"];
@@ -250,9 +256,17 @@ fn ctrl_c_ends_the_process_of_a_phase_too() {
     let phase: u32 = children.trim().parse().unwrap();
     // Nobody reads on: what else it says must not hold it up.
     std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
-    signal("-INT", child.id());
-    assert_eq!(code(&child.wait_with_output().unwrap()), Some(130));
-    assert!(!std::path::Path::new(&format!("/proc/{phase}")).exists());
+    signal(name, child.id());
+    assert_eq!(code(&child.wait_with_output().unwrap()), expected);
+    // Whoever is told of Ctrl-C waits for it; of a caller that was killed it hears by itself.
+    for _ in 0..1000 {
+        let state = std::fs::read_to_string(format!("/proc/{phase}/stat")).unwrap_or_default();
+        if state.is_empty() || state.contains(") Z ") {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("the phase outlives its caller after {name}");
 }
 
 #[test]

@@ -193,7 +193,20 @@ impl Plan {
         let model_limit = c.max_position_embeddings;
         let mut limits = args.step_limits(memory.step_limits());
         let room = match memory {
-            Memory::Shared => Room { memory, free_bytes: backend.free_bytes().saturating_sub(weights) },
+            Memory::Shared => {
+                let free = backend.free_bytes();
+                let left = free.saturating_sub(weights);
+                if args.kv_cache_memory == KvCacheMemory::Auto && left / 2 < block_bytes {
+                    let message = format!(
+                        "{} does not fit: {:.1} GiB of weights leave nothing for a KV cache in the {:.1} GiB of memory that are free",
+                        args.model,
+                        gib(weights),
+                        gib(free)
+                    );
+                    return Err(Error::invalid("model", message));
+                }
+                Room { memory, free_bytes: left }
+            }
             Memory::Own => {
                 // Without chunks a step holds the longest prompt, which is not known yet: at most what was asked for.
                 let longest =
@@ -242,8 +255,11 @@ impl Plan {
     }
 }
 
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
 fn too_large(args: &EngineArgs, device: &str, weights: u64, step: u64, free: u64) -> Error {
-    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let message = format!(
         "{} does not fit: {:.1} GiB of weights and {:.1} GiB of step buffers leave nothing for a KV cache in the {:.1} GiB that may \
          be used of {device}",

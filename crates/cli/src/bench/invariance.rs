@@ -80,9 +80,12 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
         command.arg("--quiet");
     }
     let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
-    let order = serde_json::to_vec(&PhaseOrder { phase, settings: settings.clone() }).expect("plain data");
-    // The child reads all of it before it does anything; a child that died is told by its status.
-    drop(child.stdin.take().map(|mut stdin| stdin.write_all(&order)));
+    let mut order =
+        serde_json::to_vec(&PhaseOrder { phase, settings: settings.clone() }).expect("plain data");
+    order.push(b'\n');
+    // It stays open as long as we live: a phase whose caller is gone ends too. A child that died is told by its status.
+    let mut order_to = child.stdin.take().expect("it is piped");
+    let _ = order_to.write_all(&order);
     let mut stdout = child.stdout.take().expect("it is piped");
     let child = Arc::new(Mutex::new(child));
     let (stop, interrupted) = (child.clone(), Arc::new(AtomicBool::new(false)));
@@ -95,6 +98,7 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
     let mut answer = Vec::new();
     let read = interrupt::catch(end, || stdout.read_to_end(&mut answer));
     let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
+    drop(order_to);
     if interrupted.load(Ordering::SeqCst) {
         return Err(Exit::Reported(INTERRUPTED));
     }
@@ -124,8 +128,13 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
 /// The process of one phase. What it cannot do is an answer too.
 fn phase(quiet: bool) -> Outcome {
     let mut text = String::new();
-    let read = std::io::stdin().read_to_string(&mut text);
+    let read = std::io::stdin().read_line(&mut text);
     read.map_err(|e| Exit::Ours(format!("standard input: {e}")))?;
+    std::thread::spawn(|| {
+        // The end of it is the caller's end.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
     let order: PhaseOrder =
         serde_json::from_str(&text).map_err(|e| Exit::Ours(format!("no order of a phase: {e}")))?;
     let answer = PhaseAnswer::from(run_phase(&order, &remote::Bar::new(quiet)));
