@@ -48,7 +48,7 @@ pub fn kernels() -> Vec<KernelSource> {
         sources.extend(tokens.iter().map(|t| plan(&spec, *t, 132).source(&spec)));
         if let (LinearKind::GateUp, Some(fused)) = (kind, spec.fused()) {
             sources.push(Variant::Reference.source(&fused));
-            sources.extend([8, 64, 256, 8192].map(|t| plan(&fused, t, 132).source(&fused)));
+            sources.extend(tokens.iter().map(|t| plan(&fused, *t, 132).source(&fused)));
         }
     }
     sources.extend(row_kernels());
