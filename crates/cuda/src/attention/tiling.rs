@@ -11,8 +11,6 @@ const PREFILL: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_p
 const SMEM_LIMIT: usize = 232_448;
 /// Rows of a prefill block.
 const PREFILL_ROWS: usize = 128;
-/// Blocks up to which sharing a split is faster than a ring.
-const SLICED_BLOCKS: usize = 128;
 /// Elements of the output that a block of a cluster may have: 16 for each of up to four warps.
 const SLICES: [usize; 3] = [16, 32, 64];
 /// Tiles of a split.
@@ -85,12 +83,13 @@ impl Tiling {
         Self::Paged(Paged::decode(spec))
     }
 
-    /// As [`decode`](Self::decode) for a launch of so few items, of at most `splits` splits each, that blocks of the card would stay idle.
+    /// As [`decode`](Self::decode) for a launch of so few items, of at most `splits` splits each, that multiprocessors would stay idle.
     /// None if there are more.
     pub fn decode_few(spec: &AttentionSpec, items: usize, splits: usize) -> Option<Self> {
         let units = items * splits * spec.kv_heads;
-        let fits = |c: &Sliced| (c.joined == 1 || splits == c.joined) && units * c.slices <= SLICED_BLOCKS;
-        Sliced::choices(spec).find(fits).map(Self::Sliced)
+        let found =
+            Sliced::choices(spec).find(|(s, most)| (s.joined == 1 || s.joined == splits) && units <= *most);
+        found.map(|(sliced, _)| Self::Sliced(sliced))
     }
 
     /// As [`decode`](Self::decode), with splits of any length: for the unconstrained mode.
@@ -116,7 +115,7 @@ impl Tiling {
 
     /// All that plans of the contract's mode may pick for `spec`.
     pub fn planned(spec: &AttentionSpec) -> Vec<Self> {
-        let sliced = Sliced::choices(spec).map(Self::Sliced);
+        let sliced = Sliced::choices(spec).map(|(sliced, _)| Self::Sliced(sliced));
         sliced.chain([Self::decode(spec), Self::prefill(spec)]).collect()
     }
 
@@ -184,8 +183,11 @@ impl Tiling {
         bytes
     }
 
-    /// Bytes of one split's partial results over all key/value heads.
+    /// Bytes of one split's partial results over all key/value heads, where there are any.
     pub(crate) fn partial_bytes(&self, spec: &AttentionSpec) -> usize {
+        if self.is_whole() {
+            return 0;
+        }
         let copies = if let Self::Sliced(sliced) = self { sliced.slices } else { 1 };
         spec.kv_heads * self.rows() * (spec.head_dim + 2 * copies) * 4
     }
@@ -230,15 +232,19 @@ impl Paged {
 }
 
 impl Sliced {
-    /// What [`Tiling::decode_few`] chooses from, the fastest first.
-    fn choices(spec: &AttentionSpec) -> impl Iterator<Item = Self> {
-        let (rows, head_dim) = (if spec.group() <= 8 { 8 } else { 16 }, spec.head_dim);
-        // All keys of a split fit one block's memory up to heads of 128.
-        let alone = head_dim <= 128;
-        [(4, !alone, 2), (4, !alone, 4), (4, !alone, 1), (2, true, 1)]
+    /// What [`Tiling::decode_few`] chooses from, each with the most units (splits of items and key/value heads) for which it is the fastest
+    /// of those behind it, measured with heads of 128 on 132 multiprocessors. Larger heads were not measured.
+    fn choices(spec: &AttentionSpec) -> impl Iterator<Item = (Self, usize)> {
+        let rows = if spec.group() <= 8 { 8 } else { 16 };
+        let spec = *spec;
+        [(4, false, 2, 16), (2, true, 2, 32), (2, false, 4, 32), (4, false, 1, 32), (2, true, 1, 64)]
             .into_iter()
-            .map(move |(slices, share_scores, joined)| Self { rows, slices, share_scores, joined })
-            .filter(move |sliced| sliced.fits(head_dim))
+            .map(move |(slices, share_scores, joined, most)| {
+                (Self { rows, slices, share_scores, joined }, most)
+            })
+            .filter(move |(sliced, _)| {
+                spec.head_dim <= 128 && sliced.fits(spec.head_dim) && sliced.smem_bytes(&spec) <= SMEM_LIMIT
+            })
     }
 
     fn fits(&self, head_dim: usize) -> bool {
@@ -280,5 +286,49 @@ impl Prefill {
     fn macros(&self, spec: &AttentionSpec) -> Macros {
         assert!(spec.head_dim <= 128, "{self:?} for heads of {}", spec.head_dim);
         vec![("SLOTS", self.slots)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QWEN: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
+
+    fn few(spec: &AttentionSpec, items: usize, splits: usize) -> Option<(usize, bool, usize)> {
+        let Tiling::Sliced(s) = Tiling::decode_few(spec, items, splits)? else { panic!("not by slices") };
+        assert!(s.joined == 1 || s.joined == splits, "{splits} splits in clusters of {}", s.joined);
+        Some((s.slices, s.share_scores, s.joined))
+    }
+
+    #[test]
+    fn few_items_share_their_splits_out_and_many_do_not() {
+        for (items, splits, expected) in [
+            (1, 1, Some((4, false, 1))),
+            (1, 2, Some((4, false, 2))),
+            (2, 2, Some((2, true, 2))),
+            (1, 3, Some((4, false, 1))),
+            (1, 4, Some((2, false, 4))),
+            (4, 2, Some((2, true, 1))),
+            (1, 8, Some((2, true, 1))),
+            (8, 2, None),
+            (1, 16, None),
+        ] {
+            assert_eq!(few(&QWEN, items, splits), expected, "{items} items of {splits} splits");
+        }
+        let large = AttentionSpec { head_dim: 256, ..QWEN };
+        assert_eq!(few(&large, 1, 1), None);
+    }
+
+    #[test]
+    fn whatever_is_planned_fits_a_block() {
+        for head_dim in [64, 128, 256] {
+            for (heads, kv_heads) in [(1, 1), (9, 3), (32, 8), (16, 1)] {
+                let spec = AttentionSpec { heads, kv_heads, head_dim };
+                for tiling in Tiling::planned(&spec) {
+                    assert!(tiling.smem_bytes(&spec) <= SMEM_LIMIT, "{tiling:?} for {spec:?}");
+                }
+            }
+        }
     }
 }

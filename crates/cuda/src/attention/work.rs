@@ -142,6 +142,17 @@ impl Items {
         Self { words: items.concat(), extent }
     }
 
+    /// Goes over to `tiling`, whose items have as many rows and as many splits.
+    pub fn take(&mut self, tiling: Tiling) {
+        let from = &self.extent.tiling;
+        assert_eq!(
+            (from.rows(), from.is_whole()),
+            (tiling.rows(), tiling.is_whole()),
+            "{from:?} for {tiling:?}"
+        );
+        self.extent.tiling = tiling;
+    }
+
     /// Adds items of sequence `empty`, which has no rows, up to `count`: padding of a captured batch.
     pub fn pad(&mut self, empty: usize, count: usize) {
         let missing = count.saturating_sub(self.extent.items);

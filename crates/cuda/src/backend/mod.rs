@@ -521,11 +521,11 @@ impl Backend for CudaBackend {
         self.mark(format_args!("attention layer {}", desc.layer));
         self.run(|be| {
             if be.kernels.phase != Phase::Run {
-                let few = match be.orders {
-                    Orders::Law => Tiling::decode(&spec),
-                    Orders::Unconstrained(_) => Tiling::unconstrained(&spec),
+                let planned = match be.orders {
+                    Orders::Law => Tiling::planned(&spec),
+                    Orders::Unconstrained(_) => vec![Tiling::unconstrained(&spec), Tiling::prefill(&spec)],
                 };
-                for tiling in [few, Tiling::decode_whole(&spec), Tiling::prefill(&spec)] {
+                for tiling in planned.into_iter().chain([Tiling::decode_whole(&spec)]) {
                     be.kernels.attention(spec, tiling)?;
                 }
                 return Ok(());

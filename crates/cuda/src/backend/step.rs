@@ -108,10 +108,10 @@ pub(super) fn nobodys(rows: usize, longest: usize) -> BatchInputs {
 /// Most bytes of partial results that decode steps of `seqs` sequences with `kv_tokens` tokens in all have: a split more for each sequence than
 /// its tokens fill. Sequences that share a prefix may have more; for them room is made when they come.
 pub(super) fn partial_bytes(spec: &AttentionSpec, seqs: usize, kv_tokens: usize) -> usize {
-    let tiling = Tiling::decode(spec);
-    let items = spec.group().div_ceil(tiling.rows());
+    let items = spec.group().div_ceil(Tiling::decode(spec).rows());
     let splits = (items * (kv_tokens / ATTN_SPLIT_KEYS + seqs)).min(MOST_PARTIALS);
-    splits * tiling.partial_bytes(spec)
+    let bytes = Tiling::planned(spec).iter().map(|tiling| tiling.partial_bytes(spec)).max();
+    splits * bytes.unwrap_or(0)
 }
 
 /// Who says where the splits of few rows' attention end.
@@ -329,6 +329,11 @@ fn plan(
             plan.pad(rows, rows * items_per_row);
             plan.extent.max_splits = plan.extent.max_splits.next_power_of_two();
         }
+        if let (Splits::Law, Some(tiling)) =
+            (splits, Tiling::decode_few(spec, plan.extent.items, plan.extent.max_splits))
+        {
+            plan.take(tiling);
+        }
         plans.push(plan);
     }
     if !many.is_empty() {
@@ -411,8 +416,11 @@ mod tests {
         seqs.push(SeqInput { first_row: 2, num_rows: 17, block_table: vec![0], ..SeqInput::default() });
         let found = plans(&seqs, None);
         let tilings: Vec<Tiling> = found.iter().map(|p| p.extent.tiling).collect();
-        assert_eq!(tilings, [Tiling::decode(&SPEC), Tiling::prefill(&SPEC)]);
+        // Two items of up to two splits leave most of the card idle.
+        let few = Tiling::decode_few(&SPEC, 2, 2).expect("few");
+        assert_eq!(tilings, [few, Tiling::prefill(&SPEC)]);
         assert_eq!(found[0].extent.items, 2);
+        assert_eq!(plans(&decoding(&[700; 16]), None)[0].extent.tiling, Tiling::decode(&SPEC));
     }
 
     #[test]
