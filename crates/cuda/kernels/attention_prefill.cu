@@ -40,14 +40,19 @@ template <int N> __device__ __forceinline__ void settled(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-
-__device__ __forceinline__ float shfl_bfly(float x, int bit) {
+// __shfl_xor_sync without the branch that the compiler puts round it where it cannot see that the warp is whole; blocks of code that it
+// would split stay one.
+__device__ __forceinline__ float shuffle_xor(float x, int mask) {
     float r;
-    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(r) : "f"(x), "r"(bit));
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(r) : "f"(x), "r"(mask));
     return r;
 }
-// Softmax of a tile's two rows a thread, side by side.
-template <bool MASKED> __device__ __forceinline__ void soften(float (&s)[32], float& m0, float& m1, float& l0, float& l1, float& rescale0, float& rescale1, float scale_log2, int last0, int last1) {
+
+// Softmax of a tile's two rows of this thread, side by side: of each four scores the first two and the last two. s becomes P; m and l go on;
+// `rescale` are the factors for what came before. MASKED: some keys are behind `last`, counted from this lane's first.
+template <bool MASKED>
+__device__ __forceinline__ void soften(float (&s)[32], float& m0, float& m1, float& l0, float& l1, float& rescale0, float& rescale1, float scale_log2, int last0,
+                                       int last1) {
     if (MASKED) {
 #pragma unroll
         for (int n = 0; n < 8; n++)
@@ -57,15 +62,12 @@ template <bool MASKED> __device__ __forceinline__ void soften(float (&s)[32], fl
                 if (8 * n + e > last1) s[4 * n + 2 + e] = -INFINITE;
             }
     }
-    float b0[4], b1[4];
+    float best0 = fmaxf(s[0], s[1]), best1 = fmaxf(s[2], s[3]);
 #pragma unroll
-    for (int n = 0; n < 4; n++) b0[n] = fmaxf(s[4 * n], s[4 * n + 1]), b1[n] = fmaxf(s[4 * n + 2], s[4 * n + 3]);
+    for (int n = 1; n < 8; n++) best0 = fmaxf(best0, fmaxf(s[4 * n], s[4 * n + 1])), best1 = fmaxf(best1, fmaxf(s[4 * n + 2], s[4 * n + 3]));
 #pragma unroll
-    for (int n = 4; n < 8; n++) b0[n - 4] = fmaxf(b0[n - 4], fmaxf(s[4 * n], s[4 * n + 1])), b1[n - 4] = fmaxf(b1[n - 4], fmaxf(s[4 * n + 2], s[4 * n + 3]));
-    float best0 = fmaxf(fmaxf(b0[0], b0[1]), fmaxf(b0[2], b0[3])), best1 = fmaxf(fmaxf(b1[0], b1[1]), fmaxf(b1[2], b1[3]));
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const float x = shfl_bfly(best0, bit), y = shfl_bfly(best1, bit);
+    for (int mask = 1; mask <= 2; mask *= 2) {
+        const float x = shuffle_xor(best0, mask), y = shuffle_xor(best1, mask);
         best0 = fmaxf(best0, x), best1 = fmaxf(best1, y);
     }
     const float next0 = fmaxf(m0, ceilf(__fmul_rn(best0, scale_log2))), next1 = fmaxf(m1, ceilf(__fmul_rn(best1, scale_log2)));
@@ -84,6 +86,7 @@ template <bool MASKED> __device__ __forceinline__ void soften(float (&s)[32], fl
             l0 = __fadd_rn(l0, x), l1 = __fadd_rn(l1, y);
         }
 }
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
               const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
