@@ -45,9 +45,8 @@ const SHAPES: [Shape; 10] = [
     Shape { name: "8B lm_head", n: 128_256, k: 4096, kind: LinearKind::Vocab },
 ];
 
-fn wide(tile: usize, stages: usize, cluster: usize, out: (usize, usize), regs: [usize; 3]) -> Variant {
-    let (out_buffers, out_cols) = out;
-    Variant::Wide(Wide { tile, stages, cluster, out_buffers, out_cols, raster: 16 / cluster, regs })
+fn wide(tile: usize, stages: usize, cluster: usize, out_cols: usize, regs: [usize; 3]) -> Variant {
+    Variant::Wide(Wide { tile, stages, cluster, out_cols, raster: 16 / cluster, regs })
 }
 
 struct Case {
@@ -70,10 +69,10 @@ fn prefill_cases(cases: &mut Vec<Case>) {
                 cases.push(Case { shape: i, tokens, spec, variant, overlap: Overlap::None });
             };
             for cluster in [1, 2] {
-                let w256 = || wide(256, 4, cluster, (1, 32), [104, 0, 0]);
-                let w192 = || wide(192, 4, cluster, (2, 64), [96, 0, 0]);
-                let w128 = || wide(128, 6, cluster, (1, 64), [64, 64, 0]);
-                let w64 = || wide(64, 8, cluster, (1, 64), [32, 32, 32]);
+                let w256 = || wide(256, 4, cluster, 32, [104, 0, 0]);
+                let w192 = || wide(192, 4, cluster, 64, [96, 0, 0]);
+                let w128 = || wide(128, 6, cluster, 64, [64, 64, 0]);
+                let w64 = || wide(64, 8, cluster, 64, [32, 32, 32]);
                 add(1, Join::Fold, w256());
                 add(1, Join::Fold, w128());
                 if tokens == 512 {
@@ -81,9 +80,9 @@ fn prefill_cases(cases: &mut Vec<Case>) {
                 }
                 if shape.kind == LinearKind::Row {
                     add(2, Join::Tree, w256());
-                    add(4, Join::Tree, wide(192, 3, cluster, (1, 32), [96, 0, 0]));
+                    add(4, Join::Tree, wide(192, 3, cluster, 32, [96, 0, 0]));
                     add(4, Join::Tree, w128());
-                    add(8, Join::Tree, wide(128, 5, cluster, (1, 32), [64, 64, 8]));
+                    add(8, Join::Tree, wide(128, 5, cluster, 32, [64, 64, 8]));
                     add(8, Join::Fold, w256());
                     if tokens == 512 {
                         add(8, Join::Tree, w64());
@@ -114,14 +113,14 @@ fn order_cases(cases: &mut Vec<Case>) {
             };
             for cluster in [1, 2] {
                 for leaves in [1, 2, 4, 8] {
-                    add(leaves, Join::Fold, wide(256, 4, cluster, (1, 32), [104, 0, 0]));
+                    add(leaves, Join::Fold, wide(256, 4, cluster, 32, [104, 0, 0]));
                 }
             }
             if shape.kind == LinearKind::Row {
-                add(1, Join::Fold, wide(128, 6, 2, (1, 64), [64, 64, 0]));
-                add(4, Join::Tree, wide(192, 3, 2, (1, 32), [96, 0, 0]));
-                add(4, Join::Tree, wide(128, 6, 2, (1, 64), [64, 64, 0]));
-                add(8, Join::Tree, wide(128, 5, 2, (1, 32), [64, 64, 8]));
+                add(1, Join::Fold, wide(128, 6, 2, 64, [64, 64, 0]));
+                add(4, Join::Tree, wide(192, 3, 2, 32, [96, 0, 0]));
+                add(4, Join::Tree, wide(128, 6, 2, 64, [64, 64, 0]));
+                add(8, Join::Tree, wide(128, 5, 2, 32, [64, 64, 8]));
             }
         }
     }
@@ -219,10 +218,10 @@ fn plan_cases(cases: &mut Vec<Case>) {
             }
             if tokens >= 96 {
                 for cluster in [1, 2] {
-                    add(wide(64, 8, cluster, (1, 64), [32; 3]));
-                    add(wide(128, 6, cluster, (1, 64), [64; 3]));
-                    add(wide(192, 4, cluster, (2, 64), [96; 3]));
-                    add(wide(256, 4, cluster, (1, 32), [104; 3]));
+                    add(wide(64, 8, cluster, 64, [32; 3]));
+                    add(wide(128, 6, cluster, 64, [64; 3]));
+                    add(wide(192, 4, cluster, 64, [96; 3]));
+                    add(wide(256, 4, cluster, 32, [104; 3]));
                 }
             }
         }

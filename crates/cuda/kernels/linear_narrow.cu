@@ -19,6 +19,9 @@ static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 
 #define TILE_FLOATS (TB * PITCH)
 // Partial tiles of a CTA: of a tree its subtree's sum, of a shared fold each leaf.
 #define PARTS (KSPLIT > 1 && !TREE ? CTA_LEAVES : 1)
+// The last part lies where the ring was.
+#define RING_BYTES (STAGES * STAGE_BYTES > TILE_FLOATS * 4 ? STAGES * STAGE_BYTES : TILE_FLOATS * 4)
+#define PART_AT(part) ((part) == PARTS - 1 ? 0 : RING_BYTES + (part) * TILE_FLOATS * 4)
 static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
 static_assert(!SILU || (LEAVES == 1 && KSPLIT == 1 && !LOGITS && N % 16 == 0), "gates and ups are whole sums, 8 by 8");
 
@@ -27,8 +30,8 @@ constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__(KSPLIT, 1, 1)
     linear(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, void* __restrict__ y, int tokens) {
     extern __shared__ __align__(1024) u8 smem[];
-    const u32 stage0 = smem_addr(smem), out_tile = stage0 + STAGES * STAGE_BYTES;
-    const u32 full = out_tile + PARTS * TILE_FLOATS * 4, empty = full + 8 * STAGES;
+    const u32 stage0 = smem_addr(smem);
+    const u32 full = stage0 + RING_BYTES + (PARTS - 1) * TILE_FLOATS * 4, empty = full + 8 * STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = threadIdx.x / 128;
     const u32 rank = KSPLIT > 1 ? cluster_rank() : 0;
     constexpr int N_TILES = (N + ROWS - 1) / ROWS;
@@ -69,13 +72,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
     } else {
         Ring ring = {0, 0};
         Sums<ACC, ACC, ACC, ACC> sums;
-        float* const out = (float*)(smem + STAGES * STAGE_BYTES);
         auto publish = [&](const float* v, int part) {
+            float* const out = (float*)(smem + PART_AT(part));
             const int g = lane / 4, t = lane % 4;
+            // Every warp's products have read their slots.
+            if (part == PARTS - 1) asm volatile("bar.sync 1, %0;" ::"n"(128 * WGS) : "memory");
 #pragma unroll
             for (int j = 0; j < TB / 8; j++)
 #pragma unroll
-                for (int q = 0; q < 4; q++) out[part * TILE_FLOATS + (j * 8 + 2 * t + (q & 1)) * PITCH + warp * 16 + g + (q >> 1) * 8] = v[j * 4 + q];
+                for (int q = 0; q < 4; q++) out[(j * 8 + 2 * t + (q & 1)) * PITCH + warp * 16 + g + (q >> 1) * 8] = v[j * 4 + q];
         };
 #pragma unroll LEAF_UNROLL
         for (int leaf = 0; leaf < CTA_LEAVES; leaf++) {
@@ -109,9 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
             const int token = i / (ROWS / 8), col = i % (ROWS / 8) * 4, n = n0 / 2 + col;
             const long m = m0 + token;
             if (m >= tokens || n >= N / 2) continue;
-            const u32 at = out_tile + (token * PITCH + col / 8 * 16 + col % 8) * 4;
-            const float4 g = smem_load4(at), u = smem_load4(at + 32);
-            *(uint2*)((bf16*)y + m * (N / 2) + n) = make_uint2(silu_mul_pair(g.x, u.x, g.y, u.y), silu_mul_pair(g.z, u.z, g.w, u.w));
+            const u32 at = stage0 + (token * PITCH + col / 8 * 16 + col % 8) * 4;
+            *(uint2*)((bf16*)y + m * (N / 2) + n) = silu_mul_quad(smem_load4(at), smem_load4(at + 32));
         }
         return;
     }
@@ -121,10 +125,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
         const long m = m0 + token;
         const int n = n0 + col;
         if (m >= tokens || n >= N) continue;
-        const u32 at = out_tile + (token * PITCH + col) * 4;
+        const u32 at = stage0 + (token * PITCH + col) * 4;
         float4 v[KSPLIT * PARTS];
 #pragma unroll
-        for (int r = 0; r < KSPLIT * PARTS; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at + r % PARTS * TILE_FLOATS * 4, r / PARTS);
+        for (int r = 0; r < KSPLIT * PARTS; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at + PART_AT(r % PARTS), r / PARTS);
         if (TREE) {
 #pragma unroll
             for (int h = 1; h < KSPLIT; h *= 2)

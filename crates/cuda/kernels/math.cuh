@@ -80,6 +80,36 @@ __device__ __forceinline__ u32 silu_mul_pair(float g0, float u0, float g1, float
     return pack_bf16(silu_mul(lo_bf16(g), lo_bf16(u)), silu_mul(hi_bf16(g), hi_bf16(u)));
 }
 
+// g / d for ordinary numbers (2^-60 <= |g| < 2^60, 1 <= d < 2^60): the quotient of __fdiv_rn, by the steps that the compiler takes where its check
+// of the exponents passes.
+__device__ __forceinline__ float divide_ordinary(float g, float d) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+    r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.f), r);
+    const float q = __fmul_rn(g, r);
+    return __fmaf_rn(r, __fmaf_rn(-d, q, g), q);
+}
+// Two silu_mul_pair side by side: one branch for four quotients, as each of __fdiv_rn's own ends what can overlap.
+__device__ __forceinline__ uint2 silu_mul_quad(float4 gate, float4 up) {
+    const u32 g2[2] = {pack_bf16(gate.x, gate.y), pack_bf16(gate.z, gate.w)}, u2[2] = {pack_bf16(up.x, up.y), pack_bf16(up.z, up.w)};
+    const float g[4] = {lo_bf16(g2[0]), hi_bf16(g2[0]), lo_bf16(g2[1]), hi_bf16(g2[1])};
+    const float u[4] = {lo_bf16(u2[0]), hi_bf16(u2[0]), lo_bf16(u2[1]), hi_bf16(u2[1])};
+    float d[4], q[4], least = INFINITE, most = 0.f; // a NaN does not count; its quotient is one in any case
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        d[i] = __fadd_rn(1.f, exp2_full(__fmul_rn(-g[i], LOG2_E)));
+        q[i] = divide_ordinary(g[i], d[i]);
+        least = fminf(least, fabsf(g[i])), most = fmaxf(most, fmaxf(fabsf(g[i]), d[i]));
+    }
+    if (least < 0x1p-60f || most >= 0x1p60f) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) q[i] = __fdiv_rn(g[i], d[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[i] = __fmul_rn(q[i], u[i]);
+    return make_uint2(pack_bf16(q[0], q[1]), pack_bf16(q[2], q[3]));
+}
+
 // The larger one; a NaN in b does not count.
 __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
 

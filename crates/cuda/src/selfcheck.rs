@@ -101,7 +101,7 @@ fn variants(extent: Extent) -> Vec<(LinearSpec, usize, Variant)> {
     let shapes = LinearSpec { output: Output::Bf16, ..SHAPES };
     for tile in if full { vec![64, 128, 192, 256] } else { vec![256] } {
         let regs = [tile / 2 - tile / 2 % 4; 3];
-        let wide = Wide { tile, stages: 2, cluster: 1, raster: 1, out_buffers: 1, out_cols: 32, regs };
+        let wide = Wide { tile, stages: 2, cluster: 1, raster: 1, out_cols: 32, regs };
         all.push((shapes, SHAPE_ROWS, Variant::Wide(wide)));
     }
     all

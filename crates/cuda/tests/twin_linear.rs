@@ -97,28 +97,28 @@ fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
             }
         }
     }
-    if spec.output != Output::F32 {
-        for cluster in [1, 2] {
-            for (tile, stages, out_buffers, out_cols, reg) in
-                [(64, 3, 1, 64, 32), (128, 4, 2, 64, 64), (192, 4, 2, 64, 96), (256, 4, 1, 32, 104)]
-            {
-                if spec.order.join == Join::Fold || tile <= 64 {
-                    let regs = [reg; 3];
-                    let out_cols = if spec.output == Output::SiluMul { 32 } else { out_cols };
-                    all.push(Variant::Wide(Wide {
-                        tile,
-                        stages,
-                        cluster,
-                        raster: 4,
-                        out_buffers,
-                        out_cols,
-                        regs,
-                    }));
-                }
-            }
-        }
-    }
+    all.extend(wide_variants(spec).into_iter().map(Variant::Wide));
     all.retain(|v| v.fits(spec));
+    all
+}
+
+/// Tiles of many widths, alone and in pairs.
+fn wide_variants(spec: &LinearSpec) -> Vec<Wide> {
+    let mut all = Vec::new();
+    for (tile, stages, out_cols) in
+        [(64, 3, 64), (96, 4, 32), (128, 4, 64), (160, 3, 32), (192, 3, 64), (256, 4, 32)]
+    {
+        if spec.order.join == Join::Tree && tile > 64 {
+            continue;
+        }
+        let out_cols = match spec.output {
+            Output::SiluMul if tile % 64 > 0 => 16,
+            Output::SiluMul => 32,
+            _ => out_cols,
+        };
+        let regs = [(tile / 2).min(104); 3];
+        all.extend([1, 2].map(|cluster| Wide { tile, stages, cluster, raster: 4, out_cols, regs }));
+    }
     all
 }
 
@@ -225,6 +225,30 @@ fn fused_gates_and_ups_equal_the_reference() {
     let specs = [fused(4096, 2048), fused(1232, 200)];
     equals_the_cpu_reference(&gpu, &specs);
     compare(&gpu, &specs, &TOKENS);
+}
+
+/// All gates that bf16 has, each a product with one: the quotients of the epilogues are those of IEEE division.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn every_gate_equals_the_reference() {
+    const GATES: usize = 1 << 16;
+    let gpu = gpu();
+    let spec = LinearSpec::new(LinearKind::GateUp, 2 * GATES, 8).fused().expect("whole eights");
+    let first_of = |value: bf16| [&[value][..], &[bf16::ZERO; 7]].concat();
+    let gates = (0..GATES).flat_map(|bits| first_of(bf16::from_bits(bits as u16)));
+    let w: Vec<bf16> = gates.chain((0..GATES).flat_map(|_| first_of(bf16::ONE))).collect();
+    let x = [first_of(bf16::ONE), first_of(bf16::from_f32(-1.5))].concat();
+    let sums = reference::linear(Class::Hopper, spec.order, &x, &w, spec.k);
+    let halves = sums.chunks(spec.n).map(|row| row.split_at(GATES));
+    let expected: Vec<bf16> = halves.flat_map(|(g, u)| reference::silu_mul(g, u)).collect();
+    let (x, w) = (gpu.upload_rows(&x, 2, spec.k), gpu.upload(&bytes(&w)));
+    for variant in variants(&spec, 2) {
+        let got = gpu.run(spec, variant, &x, &w, 2);
+        let got = got.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]));
+        let same = |a: bf16, b: bf16| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        let differing = got.zip(&expected).filter(|(a, b)| !same(*a, **b)).count();
+        assert_eq!(differing, 0, "{variant:?}: outputs of {} that differ", 2 * GATES);
+    }
 }
 
 /// (outputs, products, kind) of the layers of Qwen3-1.7B, Llama-3.2-1B, Llama-3.1-8B, Qwen3-0.6B and SmolLM2-135M.

@@ -167,7 +167,7 @@ enum Args {
     Plain { x: u64, w: u64, y: u64, tokens: usize },
     Few { w: TensorMap, x: u64, y: u64, tokens: usize },
     Narrow { x: TensorMap, w: TensorMap, y: u64, tokens: usize },
-    Wide { x: TensorMap, w: TensorMap, y: TensorMap, tokens: usize },
+    Wide { x: TensorMap, w: TensorMap, y: (TensorMap, u64), tokens: usize },
 }
 
 impl Linear {
@@ -207,11 +207,11 @@ impl Linear {
         );
         let w = w.ptr() + w_offset as u64;
         // Boxes are 64 columns wide: a row of the 128-byte swizzle.
-        let boxes = |ptr, rows, cols, box_rows, box_cols| {
-            let element = TensorMapElement::Bf16;
-            self.device.tensor_map(TensorMapDesc { ptr, element, rows, cols, box_rows, box_cols })
+        let matrix = |ptr, rows, cols, box_rows| {
+            let desc =
+                TensorMapDesc { ptr, element: TensorMapElement::Bf16, rows, cols, box_rows, box_cols: 64 };
+            self.device.tensor_map(desc)
         };
-        let matrix = |ptr, rows, cols, box_rows| boxes(ptr, rows, cols, box_rows, 64);
         let weights = |box_rows| match self.spec.output {
             Output::SiluMul => self.device.tensor_map_alternating(w, n / 2, k, box_rows),
             Output::Bf16 | Output::F32 => matrix(w, n, k, box_rows),
@@ -248,7 +248,7 @@ impl Linear {
                 Args::Wide {
                     x: matrix(x.ptr(), x_rows(Wide::TOKENS), k, Wide::TOKENS)?,
                     w: weights(v.tile / v.cluster)?,
-                    y: boxes(y.ptr(), tokens, self.spec.outputs(), 16, v.out_cols)?,
+                    y: (self.device.tensor_map(v.output(&self.spec, y.ptr(), tokens))?, y.ptr()),
                     tokens,
                 },
             ),
@@ -273,8 +273,8 @@ impl LinearCall<'_> {
             Args::Narrow { x, w, y, tokens } => {
                 vec![Arg::Map(x), Arg::Map(w), Arg::Ptr(*y), Arg::I32(*tokens as i32)]
             }
-            Args::Wide { x, w, y, tokens } => {
-                vec![Arg::Map(x), Arg::Map(w), Arg::Map(y), Arg::I32(*tokens as i32)]
+            Args::Wide { x, w, y: (map, y), tokens } => {
+                vec![Arg::Map(x), Arg::Map(w), Arg::Map(map), Arg::Ptr(*y), Arg::I32(*tokens as i32)]
             }
         };
         // SAFETY: the arguments are those of the kernels' signatures; `call` checked the buffers' sizes.

@@ -45,12 +45,14 @@ impl Narrow {
     }
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
+        let tile = self.tokens * (self.rows() + 4) * 4;
         let ring = self.stages * (self.rows() + self.tokens) * 128;
         let parts = match spec.order.join {
             Join::Fold if self.ksplit > 1 => spec.order.leaves / self.ksplit,
             _ => 1,
         };
-        ring + parts * self.tokens * (self.rows() + 4) * 4 + 16 * self.stages
+        // The last part takes the ring's place.
+        ring.max(tile) + (parts - 1) * tile + 16 * self.stages
     }
 
     /// Outputs of a tile.

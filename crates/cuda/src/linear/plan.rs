@@ -2,7 +2,7 @@ use super::{Few, LinearSpec, Narrow, Output, SMEM_LIMIT, Variant, Wide};
 
 /// The fastest variant for `tokens` rows on a card of `sms` multiprocessors; bits do not depend on it.
 ///
-/// Thresholds and costs are of an H100 (LOG.md, "the launch plan of linears").
+/// Thresholds and costs are of an H100 (LOG.md, "linears of 97 rows and more").
 pub fn plan(spec: &LinearSpec, tokens: usize, sms: usize) -> Variant {
     // TMA wants rows of whole 16 bytes.
     if !spec.k.is_multiple_of(8) || !spec.n.is_multiple_of(8) {
@@ -15,29 +15,27 @@ pub fn plan(spec: &LinearSpec, tokens: usize, sms: usize) -> Variant {
             return Variant::Few(few);
         }
     }
-    if tokens <= 128 || spec.output == Output::F32 {
+    if tokens <= 96 {
         return Variant::Narrow(narrow(spec, tokens, sms));
     }
     Variant::Wide(wide(spec, tokens, sms))
 }
 
-/// One tile over the tokens where it can be: weights are then read once.
+/// One tile over the tokens: weights are read once.
 fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
-    let tile = [8, 16, 32, 48, 64, 96, 128].into_iter().find(|t| tokens <= *t).unwrap_or(128);
-    let tiles = spec.n.div_ceil(64) * tokens.div_ceil(tile);
+    let tile = [8, 16, 32, 48, 64].into_iter().find(|t| tokens <= *t).unwrap_or(96);
+    let tiles = spec.n.div_ceil(64);
     // With a block for each multiprocessor a deep ring; with more, two blocks share one, or larger tiles save activations.
     let (groups, stages, min_ctas) = match (tile, tiles > sms) {
         (8 | 16, false) => (1, 20, 1),
         (32, false) => (1, 16, 1),
         (48, _) => (1, 12, 1),
         (64, false) => (1, 11, 1),
-        (96, false) => (1, 9, 1),
-        (_, false) => (1, 7, 1),
+        (_, false) => (1, 9, 1),
         (8 | 16, true) => (1, 10, 2),
         (32, true) => (1, 8, 2),
         (64, true) => (1, 5, 2),
-        (96, true) => (2, 6, 1),
-        (_, true) => (2, 4, 1),
+        (_, true) => (2, 6, 1),
     };
     // Few tiles of long rows: the leaves of each are shared by two blocks.
     let long = spec.order.leaves > 1 && spec.k >= 4096;
@@ -50,21 +48,22 @@ fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
 
 /// The tile whose waves over the card take least time.
 fn wide(spec: &LinearSpec, tokens: usize, sms: usize) -> Wide {
-    // (outputs of a tile, stages, output buffers, their columns, time of a tile against the largest's).
-    const TILES: [(usize, usize, usize, usize, usize); 4] =
-        [(64, 8, 1, 64, 36), (128, 6, 1, 64, 58), (192, 4, 2, 64, 80), (256, 4, 1, 32, 100)];
+    // (outputs of a tile, its time against the largest's).
+    const TILES: [(usize, usize); 7] =
+        [(64, 37), (96, 45), (128, 56), (160, 66), (192, 79), (224, 89), (256, 100)];
     let token_tiles = tokens.div_ceil(Wide::TOKENS);
     let cost = |tile: usize, time: usize| (token_tiles * spec.n.div_ceil(tile)).div_ceil(sms) * time;
-    let (tile, stages, out_buffers, out_cols, _) = TILES
+    let (tile, _) = TILES
         .into_iter()
-        .min_by_key(|(tile, .., time)| (cost(*tile, *time), usize::MAX - tile))
-        .expect("four tiles");
-    // Half as many columns leave a tile of gates and ups.
-    let out_cols = if spec.output == Output::SiluMul { 32 } else { out_cols };
-    let regs = if tile == 256 { 104 } else { tile / 2 };
-    // Sharing weight tiles pays where tiles are small against the traffic to them.
-    let cluster = if tile == 128 && token_tiles.is_multiple_of(2) { 2 } else { 1 };
-    Wide { tile, stages, cluster, raster: 16 / cluster, out_buffers, out_cols, regs: [regs; 3] }
+        .min_by_key(|(tile, time)| (cost(*tile, *time), usize::MAX - tile))
+        .expect("seven tiles");
+    // Two blocks share each weight tile where weights come from memory rather than the second-level cache.
+    let streams = spec.n * spec.k * 2 >= 100_000_000;
+    let cluster = if streams && token_tiles.is_multiple_of(2) { 2 } else { 1 };
+    let out_cols = if spec.output == Output::SiluMul && !tile.is_multiple_of(64) { 16 } else { 32 };
+    let regs = [(tile / 2).min(104); 3];
+    let with = |stages| Wide { tile, stages, cluster, raster: 16 / cluster, out_cols, regs };
+    (1..=8).rev().map(with).find(|p| p.smem_bytes(spec) <= SMEM_LIMIT).unwrap_or(with(1))
 }
 
 #[cfg(test)]
@@ -82,12 +81,26 @@ mod tests {
         {
             for kind in [LinearKind::Column, LinearKind::GateUp, LinearKind::Row, LinearKind::Vocab] {
                 let spec = LinearSpec::new(kind, n, k);
+                let spec =
+                    if kind == LinearKind::GateUp { spec.fused().expect("whole eights") } else { spec };
                 for tokens in TOKENS {
                     let variant = plan(&spec, tokens, 132);
                     assert!(variant.fits(&spec), "{variant:?} for {tokens} tokens of {spec:?}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn tiles_fill_whole_waves() {
+        let tile = |n, tokens| match plan(&LinearSpec::new(LinearKind::GateUp, n, 4096), tokens, 132) {
+            Variant::Wide(wide) => (wide.tile, wide.cluster),
+            other => panic!("{other:?}"),
+        };
+        // 4 x 128 tiles are four waves of 132 less sixteen; tiles of 256 would leave most of the fourth empty.
+        assert_eq!(tile(28672, 512), (224, 2));
+        assert_eq!(tile(28672, 8192), (256, 2));
+        assert_eq!(tile(6144, 512), (192, 1));
     }
 
     #[test]
@@ -101,6 +114,7 @@ mod tests {
         let spec = LinearSpec::new(LinearKind::Column, 4096, 4096);
         assert!(matches!(plan(&spec, 8192, 132), Variant::Wide(Wide { tile: 256, .. })));
         assert!(matches!(plan(&spec, 256, 132), Variant::Wide(Wide { tile: 64, .. })));
+        assert!(matches!(plan(&spec, 128, 132), Variant::Wide(Wide { tile: 64, .. })));
         assert!(matches!(plan(&spec, 8, 132), Variant::Narrow(Narrow { tokens: 8, .. })));
         let row = LinearSpec::new(LinearKind::Row, 2048, 6144);
         assert!(matches!(plan(&row, 8, 132), Variant::Few(_)));

@@ -1,11 +1,12 @@
 use super::{LinearSpec, Output, levels};
+use crate::driver::{TensorMapDesc, TensorMapElement};
 use crate::jit::KernelSource;
 use crate::rows::MATH;
 
 /// Launch plan of `kernels/linear_wide.cu`; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Wide {
-    /// Outputs of a tile: a multiple of 64, at most 256.
+    /// Outputs of a tile: a multiple of 32, at most 256.
     pub tile: usize,
     /// Ring slots of 64 k.
     pub stages: usize,
@@ -13,9 +14,7 @@ pub struct Wide {
     pub cluster: usize,
     /// Token tiles (of a cluster each) that pass a weight tile together.
     pub raster: usize,
-    /// Buffers a warp for output on its way to memory, of 16 rows each.
-    pub out_buffers: usize,
-    /// Columns of such a buffer: 32 or 64.
+    /// Columns of the 16 rows of output that a warp has on their way to memory: 16, 32 or 64, a divisor of the tile's outputs.
     pub out_cols: usize,
     /// Floats a thread of each level of sums kept in registers, a multiple of 4; the first level also holds the result.
     pub regs: [usize; 3],
@@ -28,13 +27,11 @@ impl Wide {
     pub(super) const TOKENS: usize = 128;
 
     pub(super) fn source(&self, spec: &LinearSpec) -> KernelSource {
-        assert!(spec.output != Output::F32, "linear_wide writes bf16 only");
         let mut defines = spec.defines();
         defines.extend([
             ("TB", self.tile as i64),
             ("STAGES", self.stages as i64),
             ("CLUSTER", self.cluster as i64),
-            ("OUT_BUFFERS", self.out_buffers as i64),
             ("OUT_COLS", self.out_cols as i64),
             ("GROUP", self.raster as i64),
             ("REGS0", self.regs[0] as i64),
@@ -57,8 +54,17 @@ impl Wide {
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
         let levels = levels(spec.order.leaves, spec.order.join).max(1);
         let spill: usize = self.regs[..levels].iter().map(|r| self.tile / 2 - r).sum();
-        let area = self.out_buffers * self.out_cols * 32 + spill * 128;
+        let area = self.out_cols * 32 + spill * 128;
         self.stages * (Self::TOKENS + self.tile) * 128 + 8 * area + 16 * self.stages
+    }
+
+    /// Boxes of output that a warp writes; logits do not take that way.
+    pub(super) fn output(&self, spec: &LinearSpec, ptr: u64, tokens: usize) -> TensorMapDesc {
+        let (element, box_cols) = match spec.output {
+            Output::F32 => (TensorMapElement::F32, 32),
+            Output::Bf16 | Output::SiluMul => (TensorMapElement::Bf16, self.out_cols),
+        };
+        TensorMapDesc { ptr, element, rows: tokens, cols: spec.outputs(), box_rows: 16, box_cols }
     }
 
     pub(super) fn grid(&self, spec: &LinearSpec, tokens: usize, sms: usize) -> [u32; 3] {
