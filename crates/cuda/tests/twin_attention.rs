@@ -133,16 +133,9 @@ fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
     if spec.head_dim <= 128 {
         all.extend([Tiling::Prefill(Prefill { slots: 3 }), paged(8, 1, 4, Share::Whole)]);
     }
-    for (rows, slices, share_scores, joined) in [
-        (8, 2, true, 1),
-        (16, 2, true, 2),
-        (8, 4, true, 1),
-        (16, 4, true, 2),
-        (8, 8, true, 1),
-        (8, 4, false, 1),
-        (16, 4, false, 2),
-        (8, 8, false, 4),
-    ] {
+    for (rows, slices, share_scores, joined) in
+        [(8, 4, true, 1), (8, 8, true, 1), (16, 4, false, 2), (8, 8, false, 4)]
+    {
         let fits = share_scores || spec.head_dim <= 128;
         if fits && (16..=64).contains(&(spec.head_dim / slices)) {
             all.push(Tiling::Sliced(Sliced { rows, slices, share_scores, joined }));
@@ -500,7 +493,7 @@ fn repeated_launches_are_equal() {
     assert!(failures.is_empty(), "{} launches differ: {first:#?}", failures.len());
 }
 
-const LAUNCHES: usize = 400;
+const LAUNCHES: usize = 200;
 
 /// Where two outputs differ: (row, head): first and last element, how many, the first pair of values.
 fn places(spec: &AttentionSpec, got: &[u8], expected: &[u8]) -> String {
