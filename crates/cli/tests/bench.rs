@@ -287,6 +287,9 @@ fn bad_flags_and_absent_servers_are_named() {
     refused(&["bench", "throughput", "--repeats", "0"], 2, "repeats: ");
     refused(&["bench", "serve", "--request-rate=-1"], 2, "request-rate");
     refused(&["bench", "serve", "--goodput", "x:1"], 2, "goodput: ");
+    refused(&["bench", "serve", "--port", "9"], 1, "http://127.0.0.1:9");
+    refused(&["bench", "serve", "--host", "127.0.0.1", "--backend", "tgi"], 2, "--backend");
+    refused(&["bench", "serve", "--metric-percentiles", "101"], 2, "metric-percentiles: ");
     refused(&["bench", "serve", "--dataset-name", "custom"], 2, "dataset-path: ");
     refused(&["bench", "serve", "--compare", "/no/a.json", "/no/b.json"], 2, "/no/a.json");
 }

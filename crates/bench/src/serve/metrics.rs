@@ -50,6 +50,47 @@ impl Goodput {
     }
 }
 
+/// Which latencies the table shows, and by which percentiles; the JSON has those and the usual ones.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shown {
+    /// Of `ttft`, `tpot`, `itl` and `e2el`.
+    metrics: Vec<&'static str>,
+    /// In [0, 100].
+    percentiles: Vec<f64>,
+}
+
+impl Default for Shown {
+    fn default() -> Self {
+        Self { metrics: LATENCIES.map(|(name, ..)| name).to_vec(), percentiles: vec![99.0] }
+    }
+}
+
+impl Shown {
+    /// Reads lists by commas, such as `ttft,tpot` and `50,99.9`.
+    pub fn parse(metrics: Option<&str>, percentiles: Option<&str>) -> Result<Self> {
+        let mut shown = Self::default();
+        if let Some(list) = metrics {
+            let known = |name: &str| LATENCIES.iter().map(|(known, ..)| *known).find(|k| *k == name);
+            let read = |name: &str| {
+                known(name.trim()).ok_or_else(|| {
+                    Error::setting("percentile-metrics", format!("{name:?} is none of ttft, tpot, itl, e2el"))
+                })
+            };
+            shown.metrics = list.split(',').map(read).collect::<Result<_>>()?;
+        }
+        if let Some(list) = percentiles {
+            let read = |text: &str| {
+                let value = text.trim().parse().ok().filter(|p| (0.0..=100.0).contains(p));
+                value.ok_or_else(|| {
+                    Error::setting("metric-percentiles", format!("{text:?} is no number from 0 to 100"))
+                })
+            };
+            shown.percentiles = list.split(',').map(read).collect::<Result<_>>()?;
+        }
+        Ok(shown)
+    }
+}
+
 /// One answered request. ms
 struct Times {
     ttft: f64,
@@ -80,6 +121,7 @@ pub struct Report {
     pub first_failure: Option<String>,
     /// Why the figures are the load generator's more than the server's.
     pub warning: Option<String>,
+    shown: Shown,
     ttfts: Vec<f64>,
     itls: Vec<f64>,
     tpots: Vec<f64>,
@@ -140,6 +182,7 @@ impl Report {
             failed: errors.len(),
             first_failure: errors.first().cloned(),
             warning: load.lag.warning(),
+            shown: settings.shown.clone(),
             ttfts: times.iter().map(|t| t.ttft).collect(),
             tpots: times.iter().filter_map(|t| t.tpot).collect(),
             itls: times.iter().flat_map(|t| t.itls.iter().copied()).collect(),
@@ -158,8 +201,8 @@ impl Report {
             self.json.insert(format!("mean_{name}_ms"), of(|s| s.mean));
             self.json.insert(format!("median_{name}_ms"), of(|s| s.median));
             self.json.insert(format!("std_{name}_ms"), of(Summary::std));
-            for p in [50, 90, 95, 99] {
-                let at = summary.as_ref().map_or(0.0, |s| s.percentile(f64::from(p)));
+            for p in [50.0, 90.0, 95.0, 99.0].iter().chain(&self.shown.percentiles) {
+                let at = summary.as_ref().map_or(0.0, |s| s.percentile(*p));
                 self.json.insert(format!("p{p}_{name}_ms"), json!(at));
             }
         }
@@ -183,6 +226,8 @@ impl Report {
             ("output_lens", each(&|a| json!(a.completion_tokens()))),
             ("ttfts", times(&|t| seconds(t.ttft))),
             ("itls", times(&|t| t.itls.iter().map(|v| seconds(*v)).collect())),
+            ("latencies", times(&|t| seconds(t.e2el))),
+            ("start_times", start_times(load)),
             ("generated_texts", each(&|a| json!(a.answers.first().map(|x| x.text.clone())))),
         ];
         for (key, value) in rows {
@@ -220,9 +265,11 @@ impl Report {
         lines.push(line("Peak output token throughput (tok/s):", two("max_output_tokens_per_s")));
         lines.push(line("Peak concurrent requests:", whole("max_concurrent_requests")));
         lines.push(line("Total token throughput (tok/s):", two("total_token_throughput")));
-        for (name, short, title) in LATENCIES {
+        for (name, short, title) in LATENCIES.iter().filter(|(name, ..)| self.shown.metrics.contains(name)) {
             lines.push(format!("{title:-^50}"));
-            for (label, key) in [("Mean", "mean"), ("Median", "median"), ("P99", "p99")] {
+            let percentiles = self.shown.percentiles.iter().map(|p| (format!("P{p}"), format!("p{p}")));
+            let means = [("Mean", "mean"), ("Median", "median")].map(|(a, b)| (a.to_string(), b.to_string()));
+            for (label, key) in means.into_iter().chain(percentiles) {
                 lines.push(line(&format!("{label} {short} (ms):"), two(&format!("{key}_{name}_ms"))));
             }
         }
@@ -303,6 +350,12 @@ fn checked<'a>(outcome: &'a Outcome, sample: &Sample, exact: bool) -> Result<&'a
         return Err(format!("{}: {came} tokens came, but usage says {got}", asked.url));
     }
     Ok(asked)
+}
+
+/// When each request was sent, from the first one on. s
+fn start_times(load: &Load) -> Value {
+    let Some(first) = load.outcomes.iter().map(|o| o.started).min() else { return Value::Null };
+    load.outcomes.iter().map(|o| (o.started - first).as_secs_f64()).collect()
 }
 
 /// Most tokens that came within a second of the clock.

@@ -17,7 +17,7 @@ use crate::observer::{Cancel, Observer};
 
 pub use compare::compare;
 pub use dataset::{Dataset, Sample};
-pub use metrics::{Goodput, Report};
+pub use metrics::{Goodput, Report, Shown};
 
 /// What to send, and when.
 #[derive(Clone)]
@@ -46,6 +46,8 @@ pub struct Settings {
     pub num_warmups: usize,
     /// Keep every request's own figures and texts in the report.
     pub save_detailed: bool,
+    /// What of the latencies is shown.
+    pub shown: Shown,
 }
 
 impl Settings {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bitfast_bench::load::Arrivals;
-use bitfast_bench::serve::{Dataset, Goodput, Report, Settings, compare, run};
+use bitfast_bench::serve::{Dataset, Goodput, Report, Settings, Shown, compare, run};
 use bitfast_bench::{Cancel, Observer, Silent};
 
 use crate::fake::{Dialect, Fake, Lie, Setup};
@@ -29,6 +29,7 @@ fn settings(fake: &std::sync::Arc<Fake>) -> Settings {
         seed: 0,
         num_warmups: 1,
         save_detailed: true,
+        shown: Shown::default(),
     }
 }
 
@@ -72,6 +73,8 @@ async fn figures_are_the_true_ones_under_vllms_names() {
         "output_lens",
         "ttfts",
         "itls",
+        "latencies",
+        "start_times",
         "generated_texts",
         "errors",
     ] {
@@ -214,6 +217,26 @@ async fn failures_are_counted_and_named() {
         );
         assert!(report.table().contains("requests failed; the first one: http://fake:1"), "{lie:?}");
         assert_eq!(report.json["completed"].as_u64().unwrap() as usize, 20 - report.failed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn percentiles_are_those_that_were_asked_for() {
+    let fake = Fake::start(Dialect::Plain, Setup::default(), &[]);
+    let shown = Shown::parse(Some("ttft,e2el"), Some("25, 99.9")).unwrap();
+    let report = measure(&Settings { shown, ..settings(&fake) }).await;
+    let table = report.table();
+    assert!(table.contains("P25 TTFT (ms):") && table.contains("P99.9 E2EL (ms):"), "{table}");
+    assert!(!table.contains("TPOT") && !table.contains("P99 TTFT"), "{table}");
+    assert_eq!(
+        (report.json["p25_itl_ms"].as_f64(), report.json["p99.9_ttft_ms"].as_f64()),
+        (Some(2.0), Some(5.0))
+    );
+    for (metrics, percentiles, flag) in
+        [(Some("ttft,x"), None, "percentile-metrics: "), (None, Some("101"), "metric-percentiles: ")]
+    {
+        let error = Shown::parse(metrics, percentiles).unwrap_err();
+        assert!(error.is_user_error() && error.to_string().starts_with(flag), "{error}");
     }
 }
 

@@ -206,6 +206,18 @@ pub struct ServeBenchArgs {
         default_value = "127.0.0.1:8000"
     )]
     pub endpoints: Vec<String>,
+    /// Host of the server, instead of --endpoints
+    #[arg(long, value_name = "HOST", conflicts_with = "endpoints")]
+    pub host: Option<String>,
+    /// Port of the server, instead of --endpoints
+    #[arg(long, value_name = "PORT", conflicts_with = "endpoints")]
+    pub port: Option<u16>,
+    /// What the server speaks: the OpenAI API, by any of these names
+    #[arg(long, default_value = "openai", value_parser = ["openai", "vllm", "sglang", "bitfast"])]
+    pub backend: String,
+    /// The route that is asked; there is one
+    #[arg(long, default_value = "/v1/completions", value_parser = ["/v1/completions"])]
+    pub endpoint: String,
     /// Where prompts come from
     #[arg(long, value_enum, default_value = "random")]
     pub dataset_name: DatasetFlag,
@@ -243,10 +255,10 @@ pub struct ServeBenchArgs {
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
     /// Tokens of random prompts
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, visible_alias = "input-len", value_name = "N", default_value_t = 1024)]
     pub random_input_len: usize,
     /// Tokens of their answers
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, visible_alias = "output-len", value_name = "N", default_value_t = 128)]
     pub random_output_len: usize,
     /// Lengths vary by this share around the given ones
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
@@ -278,6 +290,12 @@ pub struct ServeBenchArgs {
     /// Requests before the timed ones
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub num_warmups: usize,
+    /// Latencies that the table shows: any of ttft, tpot, itl, e2el [default: all]
+    #[arg(long, value_name = "LIST")]
+    pub percentile_metrics: Option<String>,
+    /// Percentiles that are shown, such as 50,99.9 [default: 99]
+    #[arg(long, value_name = "LIST")]
+    pub metric_percentiles: Option<String>,
     /// Keep every request's own figures and texts in the JSON
     #[arg(long)]
     pub save_detailed: bool,

@@ -1,6 +1,6 @@
 use bitfast_bench::Cancel;
 use bitfast_bench::load::Arrivals;
-use bitfast_bench::serve::{Dataset, Goodput, Settings, compare, run};
+use bitfast_bench::serve::{Dataset, Goodput, Settings, Shown, compare, run};
 
 use super::flags::{DatasetFlag, RampFlag, ServeBenchArgs};
 use super::remote;
@@ -15,7 +15,7 @@ pub fn serve(args: &ServeBenchArgs) -> Outcome {
     remote::check_writable(&args.output)?;
     let random = matches!(args.dataset_name, DatasetFlag::Random | DatasetFlag::PrefixRepetition);
     let settings = Settings {
-        clients: remote::clients(&args.endpoints, &args.remote)?,
+        clients: remote::clients(&endpoints(args), &args.remote)?,
         model: args.remote.model.clone(),
         dataset: dataset(args)?,
         num_prompts: args.num_prompts,
@@ -27,6 +27,7 @@ pub fn serve(args: &ServeBenchArgs) -> Outcome {
         seed: args.seed,
         num_warmups: args.num_warmups,
         save_detailed: args.save_detailed,
+        shown: Shown::parse(args.percentile_metrics.as_deref(), args.metric_percentiles.as_deref())?,
     };
     let cancel = Cancel::default();
     let bar = remote::Bar::new(args.remote.quiet);
@@ -35,6 +36,14 @@ pub fn serve(args: &ServeBenchArgs) -> Outcome {
     match report.failed {
         0 => Ok(()),
         n => Err(Exit::Ours(format!("{n} of {} requests failed", args.num_prompts))),
+    }
+}
+
+/// A host or a port alone has the other's default beside it.
+fn endpoints(args: &ServeBenchArgs) -> Vec<String> {
+    match (&args.host, args.port) {
+        (None, None) => args.endpoints.clone(),
+        (host, port) => vec![format!("{}:{}", host.as_deref().unwrap_or("127.0.0.1"), port.unwrap_or(8000))],
     }
 }
 
