@@ -20,7 +20,6 @@ struct Item {
 struct Rows {
     u32 row, first_row, context, table;
     int count; // none or less: the item is padding
-    __device__ __forceinline__ Rows() {}
     __device__ __forceinline__ Rows(const Item& item, const Seq& seq, int most)
         : row(item.row), first_row(seq.first_row), context(seq.context), table(seq.table), count(min((int)(seq.rows * GROUP) - (int)item.row, most)) {}
     // Keys that any row attends to.
