@@ -295,13 +295,8 @@ fn work_beside_a_product_moves_no_bit() {
                 });
                 assert!(got == expected, "{path:?} {inputs:?} {rows} rows {tiles} tiles");
                 assert_eq!(calls, promised, "{path:?} {rows} rows {tiles} tiles");
-                // One for each chunk of every 16 rows.
                 let some = worth_beside(path, 17) && tiles == 2;
-                assert_eq!(
-                    calls,
-                    if some { 5 * rows.div_ceil(16) } else { 0 },
-                    "{path:?} {rows} rows {tiles} tiles"
-                );
+                assert_eq!(calls > 0, some, "{path:?} {rows} rows {tiles} tiles");
             }
         }
     }
