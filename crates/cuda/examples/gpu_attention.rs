@@ -6,22 +6,18 @@ use std::error::Error;
 use bitfast_cuda::attention::{
     Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Paged, Share, Sliced, Tiling, block_bytes,
 };
-use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap, Stream};
-use bitfast_cuda::jit::{Jit, KernelSource};
+use bitfast_cuda::driver::{Buffer, Device, Overlap, Stream};
+use bitfast_cuda::jit::Jit;
 use bitfast_ops::SeqInput;
 
 mod common;
 
-use common::FILL;
+use common::{Filler, fill_source};
 
 /// Qwen3-1.7B.
 const QWEN: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
 /// Llama-3.1-8B.
 const LLAMA: AttentionSpec = AttentionSpec { heads: 32, kv_heads: 8, head_dim: 128 };
-
-fn fill_source() -> KernelSource {
-    KernelSource { name: "fill", parts: &[FILL], defines: vec![], wgmma_n: None }
-}
 
 struct Bench {
     device: Device,
@@ -38,15 +34,8 @@ impl Bench {
     fn new(jit: Jit) -> Result<Self, Box<dyn Error>> {
         let device = Device::open(0)?;
         let stream = device.stream()?;
-        let fill = device.kernel(&jit.cubin(&fill_source())?, "fill", 0)?;
-        let filled = |bytes: usize, seed: i32, scale: f32| -> Result<Buffer, Box<dyn Error>> {
-            let buffer = device.alloc(bytes)?;
-            let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
-            let args = [Arg::Ptr(buffer.ptr()), Arg::Ptr(bytes as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
-            // SAFETY: the kernel writes `bytes / 2` bf16 at the buffer's address.
-            unsafe { fill.launch(&stream, launch, &args)? };
-            Ok(buffer)
-        };
+        let filler = Filler::new(&device, &jit)?;
+        let filled = |bytes, seed, scale| filler.filled(&device, &stream, bytes, seed, scale);
         let kv = vec![filled(KV_BYTES, 1, 1.0)?, filled(KV_BYTES, 2, 1.0)?];
         let q = filled(16384 * 4096 * 2, 3, 3.0)?;
         let out = device.alloc(16384 * 4096 * 2)?;

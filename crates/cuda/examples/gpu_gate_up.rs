@@ -3,15 +3,15 @@
 
 use std::error::Error;
 
-use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap};
-use bitfast_cuda::jit::{Jit, KernelSource};
+use bitfast_cuda::driver::{Device, Overlap};
+use bitfast_cuda::jit::Jit;
 use bitfast_cuda::linear::{Linear, LinearSpec, plan};
 use bitfast_cuda::rows::SiluMul;
 use bitfast_ops::LinearKind;
 
 mod common;
 
-use common::FILL;
+use common::Filler;
 
 const ROTATION_BYTES: usize = 1 << 30;
 
@@ -19,16 +19,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
     let device = Device::open(0)?;
     let stream = device.stream()?;
-    let fill = KernelSource { name: "fill", parts: &[FILL], defines: vec![], wgmma_n: None };
-    let fill = device.kernel(&jit.cubin(&fill)?, "fill", 0)?;
-    let filled = |bytes: usize, seed: i32, scale: f32| -> Result<Buffer, Box<dyn Error>> {
-        let buffer = device.alloc(bytes)?;
-        let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
-        let args = [Arg::Ptr(buffer.ptr()), Arg::Ptr(bytes as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
-        // SAFETY: the kernel writes `bytes / 2` bf16 at the buffer's address.
-        unsafe { fill.launch(&stream, launch, &args)? };
-        Ok(buffer)
-    };
+    let filler = Filler::new(&device, &jit)?;
+    let filled = |bytes, seed, scale| filler.filled(&device, &stream, bytes, seed, scale);
     println!("{}, NVRTC {:?}", device.name(), jit.version());
     let (start, end) = (device.event()?, device.event()?);
     for (name, n, k) in [("1.7B", 12288usize, 2048usize), ("8B", 28672, 4096)] {

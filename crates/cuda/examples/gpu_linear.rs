@@ -15,7 +15,7 @@ use bitfast_ops::contract::{Join, KOrder};
 
 mod common;
 
-use common::FILL;
+use common::{Filler, time_in_turns};
 
 const DIFFER: &str = r#"
 extern "C" __global__ void differ(const u32* a, const u32* b, u64 n, u32* count) {
@@ -275,7 +275,6 @@ fn decode_cases(cases: &mut Vec<Case>) {
 struct Bench {
     device: Device,
     stream: Stream,
-    fill: Kernel,
     differ: Kernel,
     x: Buffer,
     w: Buffer,
@@ -290,31 +289,20 @@ impl Bench {
             let source = KernelSource { name, parts, defines: vec![], wgmma_n: None };
             Ok(device.kernel(&jit.cubin(&source)?, name, 0)?)
         };
-        let (fill, differ) = (tool("fill", &[FILL])?, tool("differ", &[DIFFER])?);
+        let differ = tool("differ", &[DIFFER])?;
         let stream = device.stream()?;
-        let bench = Self {
-            fill,
+        let filler = Filler::new(&device, jit)?;
+        let filled = |bytes, seed, scale| filler.filled(&device, &stream, bytes, seed, scale);
+        Ok(Self {
             differ,
-            x: device.alloc(8192 * 14336 * 2)?,
-            w: device.alloc(1 << 30)?,
+            x: filled(8192 * 14336 * 2, 99, 1.0)?,
+            w: filled(1 << 30, 7, 0.05)?,
             y: device.alloc(8192 * 28672 * 2)?,
             y_reference: device.alloc(8192 * 28672 * 2)?,
             count: device.alloc(4)?,
             stream,
             device,
-        };
-        bench.fill(&bench.x, 99, 1.0)?;
-        bench.fill(&bench.w, 7, 0.05)?;
-        Ok(bench)
-    }
-
-    fn fill(&self, buffer: &Buffer, seed: i32, scale: f32) -> Result<(), Box<dyn Error>> {
-        let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
-        let args =
-            [Arg::Ptr(buffer.ptr()), Arg::Ptr(buffer.len() as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
-        // SAFETY: the kernel writes `len / 2` bf16 at the buffer's address.
-        unsafe { self.fill.launch(&self.stream, launch, &args)? };
-        Ok(())
+        })
     }
 
     fn differing(&self, bytes: usize) -> Result<u32, Box<dyn Error>> {
@@ -371,36 +359,8 @@ impl Bench {
         Ok((graph, launches))
     }
 
-    /// Median microseconds of a launch of each graph; the graphs take turns.
     fn time(&self, graphs: &[(Graph, usize)]) -> Result<Vec<f64>, Box<dyn Error>> {
-        let (start, end) = (self.device.event()?, self.device.event()?);
-        // Idle clocks are low: some 60 ms of work first.
-        let mut warm_ms = 0.0;
-        while warm_ms < 60.0 {
-            self.stream.record(&start)?;
-            graphs.iter().try_for_each(|(graph, _)| self.stream.replay(graph))?;
-            self.stream.record(&end)?;
-            warm_ms += start.elapsed_ms(&end)?;
-        }
-        let mut times = vec![Vec::new(); graphs.len()];
-        for round in 0..8 {
-            for (times, (graph, launches)) in times.iter_mut().zip(graphs) {
-                self.stream.record(&start)?;
-                self.stream.replay(graph)?;
-                self.stream.record(&end)?;
-                let us = f64::from(start.elapsed_ms(&end)?) * 1e3 / *launches as f64;
-                if round > 0 {
-                    times.push(us);
-                }
-            }
-        }
-        Ok(times
-            .into_iter()
-            .map(|mut t| {
-                t.sort_by(f64::total_cmp);
-                t[t.len() / 2]
-            })
-            .collect())
+        time_in_turns(&self.device, &self.stream, graphs)
     }
 }
 

@@ -15,7 +15,7 @@ use bitfast_ops::LinearKind;
 
 mod common;
 
-use common::FILL;
+use common::{Filler, time_in_turns};
 
 const DIFFER: &str = r#"
 extern "C" __global__ void differ(const u32* a, const u32* b, u64 n, u32* count) {
@@ -112,16 +112,10 @@ impl Bench {
             let source = KernelSource { name, parts, defines: vec![], wgmma_n: None };
             Ok(device.kernel(&jit.cubin(&source)?, name, 0)?)
         };
-        let (fill, differ) = (tool("fill", &[FILL])?, tool("differ", &[DIFFER])?);
+        let differ = tool("differ", &[DIFFER])?;
         let stream = device.stream()?;
-        let filled = |bytes: usize, seed: i32, scale: f32| -> Result<Buffer, Box<dyn Error>> {
-            let buffer = device.alloc(bytes)?;
-            let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
-            let args = [Arg::Ptr(buffer.ptr()), Arg::Ptr(bytes as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
-            // SAFETY: the kernel writes `bytes / 2` bf16 at the buffer's address.
-            unsafe { fill.launch(&stream, launch, &args)? };
-            Ok(buffer)
-        };
+        let filler = Filler::new(device, jit)?;
+        let filled = |bytes, seed, scale| filler.filled(device, &stream, bytes, seed, scale);
         Ok(Self {
             differ,
             x: filled(8192 * 14336 * 2, 99, 1.0)?,
@@ -185,28 +179,8 @@ impl Bench {
         Ok((self.stream.capture(|| (0..launches).try_for_each(multiply))?, launches))
     }
 
-    /// Median microseconds of a launch of each graph; the graphs take turns.
     fn time(&self, graphs: &[(Graph, usize)]) -> Result<Vec<f64>, Box<dyn Error>> {
-        let (start, end) = (self.device.event()?, self.device.event()?);
-        // Idle clocks are low: some 40 ms of work first.
-        let mut warm_ms = 0.0;
-        while warm_ms < 40.0 {
-            self.stream.record(&start)?;
-            graphs.iter().try_for_each(|(graph, _)| self.stream.replay(graph))?;
-            self.stream.record(&end)?;
-            warm_ms += start.elapsed_ms(&end)?;
-        }
-        let mut times = vec![Vec::new(); graphs.len()];
-        for _ in 0..7 {
-            for (times, (graph, launches)) in times.iter_mut().zip(graphs) {
-                self.stream.record(&start)?;
-                self.stream.replay(graph)?;
-                self.stream.record(&end)?;
-                times.push(f64::from(start.elapsed_ms(&end)?) * 1e3 / *launches as f64);
-            }
-        }
-        times.iter_mut().for_each(|t| t.sort_by(f64::total_cmp));
-        Ok(times.iter().map(|t| t[t.len() / 2]).collect())
+        time_in_turns(&self.device, &self.stream, graphs)
     }
 }
 
