@@ -471,7 +471,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return compile(nvrtc.as_ref(), &cases);
     }
     let device = Device::open(0)?;
-    let jit = Jit::new(None, Some("/tmp/bitfast-kernels".into()))?;
+    let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
     println!("{}, NVRTC {:?}, {} cases", device.name(), jit.version(), cases.len());
     let bench = Bench::new(device.clone(), &jit)?;
     if beside_cublas {

@@ -15,6 +15,7 @@ use crate::profile::Recorder;
 use crate::request::{Event, Failure, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
 use crate::shared::{Command, Life, Outbox, RequestKey, Shared, Submission, Thread};
+use crate::sleep::Wish;
 use crate::stats::{EngineStats, StepRecord};
 
 /// Why an engine could not be made.
@@ -202,7 +203,7 @@ impl<R: Runner> Engine<R> {
 
     /// Takes in what handles asked for, then runs one step if there is one to run.
     pub fn step(&mut self) -> Step {
-        let life = self.drain_inbox();
+        let (life, wish) = self.drain_inbox();
         match life {
             // Asleep without handles, nobody could wake it for its requests.
             Life::Running if self.shared.has_handles() => {}
@@ -219,7 +220,13 @@ impl<R: Runner> Engine<R> {
                 return Step::Ended;
             }
         }
-        self.follow_sleep();
+        if let Some(wish) = wish {
+            self.follow_sleep(wish);
+        }
+        // A pause since then holds for this step; it is followed in the next one.
+        if self.shared.inbox().sleep.is_paused() {
+            self.scheduler.pause();
+        }
         let start = self.shared.clock.now();
         let Some(batch) = self.scheduler.schedule() else {
             self.publish_stats();
@@ -267,11 +274,11 @@ impl<R: Runner> Engine<R> {
         assert_eq!(waiting, self.owners.len(), "sequences without an owner");
     }
 
-    fn drain_inbox(&mut self) -> Life {
-        let (commands, life) = {
+    fn drain_inbox(&mut self) -> (Life, Option<Wish>) {
+        let (commands, life, wish) = {
             let mut inbox = self.shared.inbox();
             self.epoch = inbox.epoch;
-            (std::mem::take(&mut inbox.commands), inbox.life.clone())
+            (std::mem::take(&mut inbox.commands), inbox.life.clone(), inbox.sleep.wish())
         };
         for command in commands {
             match command {
@@ -286,7 +293,7 @@ impl<R: Runner> Engine<R> {
                 }
             }
         }
-        life
+        (life, wish)
     }
 
     fn take_up(&mut self, submission: Submission) {

@@ -120,10 +120,27 @@ impl Sleep {
         }
     }
 
+    /// What the engine has yet to follow.
+    pub(crate) fn wish(&self) -> Option<Wish> {
+        (self.done != self.asked).then_some(Wish {
+            wanted: self.wanted,
+            actual: self.actual,
+            number: self.asked,
+        })
+    }
+
     /// Memory has been given back, or is to be: the engine has to act before `wanted` holds.
     pub(crate) fn is_deep(&self) -> bool {
         self.level() > Some(SleepLevel::Pause)
     }
+}
+
+/// The last wish of those that the engine has not followed, as of one look at the inbox.
+#[derive(Clone, Copy)]
+pub(crate) struct Wish {
+    wanted: Option<SleepLevel>,
+    actual: Option<SleepLevel>,
+    number: u64,
 }
 
 /// A change of sleep that was asked for. The engine follows when its step in flight has ended.
@@ -157,15 +174,10 @@ impl Transition {
 }
 
 impl<R: Runner> Engine<R> {
-    /// Falls asleep or wakes up, if a handle asked for it. Between steps only.
-    pub(crate) fn follow_sleep(&mut self) {
-        let (wanted, actual, asked) = {
-            let sleep = &self.shared.inbox().sleep;
-            if sleep.done == sleep.asked {
-                return;
-            }
-            (sleep.wanted, sleep.actual, sleep.asked)
-        };
+    /// Falls asleep or wakes up, as a handle asked. Between steps only. The wish is of the same look at the inbox as the
+    /// commands that were taken in: else a wake-up could overtake requests that came before it.
+    pub(crate) fn follow_sleep(&mut self, wish: Wish) {
+        let Wish { wanted, actual, number } = wish;
         // What follows may take its time.
         self.tell();
         let restored = match wanted {
@@ -180,7 +192,7 @@ impl<R: Runner> Engine<R> {
         };
         let mut inbox = self.shared.inbox();
         let sleep = &mut inbox.sleep;
-        sleep.done = asked;
+        sleep.done = number;
         match restored {
             Ok(()) => {
                 // A lighter sleep than the present one restored nothing.
@@ -191,14 +203,15 @@ impl<R: Runner> Engine<R> {
                 sleep.outcome = None;
             }
             Err(error) => {
-                if sleep.asked == asked {
+                if sleep.asked == number {
                     sleep.wanted = actual;
                 }
                 sleep.failed_wake = Some(error.clone());
                 sleep.outcome = Some(error.into());
             }
         }
-        match sleep.is_paused() {
+        // A later wake-up has to wait for its own look at the inbox; a later pause holds at once.
+        match wanted.is_some() || sleep.is_paused() {
             true => self.scheduler.pause(),
             false => self.scheduler.resume(),
         }
