@@ -113,6 +113,23 @@ fn a_paused_engine_queues() {
     assert_eq!(tokens(&ready(&mut stream), 0), [2, 3]);
 }
 
+/// What came before a wake-up is in the first step after it, however the threads run.
+#[test]
+fn a_wake_up_does_not_overtake_requests() {
+    let handle = spawn();
+    for round in 0..300 {
+        handle.pause(SleepLevel::Pause).unwrap();
+        let since = handle.stats().steps;
+        let streams: Vec<_> = (0..4)
+            .map(|i| handle.submit(request(&format!("{round}.{i}"), [i], max_tokens(2))).unwrap())
+            .collect();
+        handle.resume().unwrap();
+        streams.into_iter().for_each(|stream| assert_eq!(tokens(&stream.collect::<Vec<_>>(), 0).len(), 2));
+        let steps = handle.step_stats(since);
+        assert_eq!(steps[0].seqs, 4, "round {round}: {steps:?}");
+    }
+}
+
 #[test]
 fn the_queue_is_bounded_and_ids_are_unique() {
     let (mut engine, handle) = engine(EngineConfig { max_queued: 2, ..config() });
