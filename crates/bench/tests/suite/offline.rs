@@ -82,7 +82,11 @@ fn throughput_counts_every_request_and_repeats() {
     let report = throughput::run(&llm, &settings, &clock, &Silent).unwrap();
     assert_eq!(report.elapsed_s.all.len(), 3);
     // Between all in one step and one after another, both included.
-    assert!(report.elapsed_s.all.iter().all(|s| (0.024_999..20.0 * 0.025 + 1e-6).contains(s)), "{:?}", report.elapsed_s);
+    assert!(
+        report.elapsed_s.all.iter().all(|s| (0.024_999..20.0 * 0.025 + 1e-6).contains(s)),
+        "{:?}",
+        report.elapsed_s
+    );
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!((json["num_requests"].as_u64(), json["total_num_tokens"].as_u64()), (Some(20), Some(20 * 35)));
     let per_second = 700.0 / json["elapsed_time"].as_f64().unwrap();
