@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bitfast_llm::{
     EngineArgs, Error, FinishReason, KvCacheMemory, LLM, LoadFormat, Request, RequestOutput, SamplingParams,
-    Structured,
+    SleepLevel, Structured,
 };
 use serde_json::{Value, json};
 
@@ -99,14 +99,18 @@ fn outputs_are_valid_and_without_the_mask_they_are_not() {
 
 #[test]
 fn a_crowd_in_small_steps_with_preemption_changes_no_bit() {
+    // All but the last kind need 80 tokens and more.
+    let people = json!({ "type": "array", "items": schema(), "minItems": 3, "maxItems": 4 });
     let constraint = |i: u64| match i % 4 {
-        0 => Some(Structured::Json(schema())),
-        1 => Some(Structured::Regex("([a-z]{2,9} ?){3,12}\\.".into())),
+        0 => Some(Structured::Json(people.clone())),
+        1 => Some(Structured::Regex("([a-z]{2,9} ?){40,60}\\.".into())),
         2 => None,
         _ => Some(Structured::JsonObject),
     };
-    let prompt = |i: u64| "The story so far. ".repeat(1 + i as usize % 4) + &i.to_string();
-    let requests = || (0..16).map(|i| Request::new(prompt(i), params(i, constraint(i))));
+    let prompt = |i: u64| "So far. ".repeat(1 + i as usize % 4) + &i.to_string();
+    let params =
+        |i| SamplingParams { max_tokens: Some(100), ignore_eos: i % 4 == 2, ..params(i, constraint(i)) };
+    let requests = || (0..16).map(|i| Request::new(prompt(i), params(i)));
     let alone = llm_with(|_| ());
     let truths: Vec<_> = requests().map(|r| alone.stream(r).unwrap().finish().unwrap()).collect();
     let crowd = llm_with(|args| {
@@ -116,15 +120,16 @@ fn a_crowd_in_small_steps_with_preemption_changes_no_bit() {
         args.kv_cache_memory = KvCacheMemory::Tokens(320);
         args.enable_prefix_caching = false;
     });
-    let mut outputs = vec![None; 16];
-    crowd.run(requests(), &mut |index, result| {
-        outputs[index] = Some(result.unwrap());
-        std::ops::ControlFlow::Continue(())
-    });
-    let preemptions: u32 = outputs.iter().flatten().map(|output| output.metrics.preemptions).sum();
+    // All wait before the first step, however slowly they come. The cache has five blocks of 64 tokens: the first three
+    // requests begin with one each and end with two.
+    crowd.fleet().pause(SleepLevel::Pause).unwrap();
+    let waiting: Vec<_> = requests().map(|r| crowd.stream(r).unwrap()).collect();
+    crowd.fleet().resume().unwrap();
+    let outputs: Vec<_> = waiting.into_iter().map(|stream| stream.finish().unwrap()).collect();
+    let preemptions: u32 = outputs.iter().map(|output| output.metrics.preemptions).sum();
     assert!(preemptions > 0, "nothing was preempted");
     for (i, (truth, output)) in truths.iter().zip(&outputs).enumerate() {
-        assert_eq!(truth.outputs, output.as_ref().unwrap().outputs, "request {i}");
+        assert_eq!(truth.outputs, output.outputs, "request {i}");
     }
 }
 
