@@ -6,7 +6,7 @@
 use bitfast_server::{Server, ServerConfig, Stop};
 
 #[path = "../tests/suite/timed.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the tests run it in virtual time")]
 mod timed;
 
 fn main() {

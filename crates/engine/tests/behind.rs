@@ -1,7 +1,6 @@
 //! A runner that computes behind the host: a step's events are told while the next one runs, all of them and in their order.
 
-// Other binaries use the rest.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the other test binaries use the rest")]
 mod common;
 
 use std::sync::{Arc, Mutex};

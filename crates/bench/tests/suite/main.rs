@@ -1,4 +1,5 @@
-//! The tools against stand-in servers, in virtual time: no test waits, and none depends on how fast it runs.
+//! The tools against stand-in servers: no test depends on how fast it runs. Time is virtual, but over a real socket (`client.rs`) and where a
+//! generator that cannot keep up really takes 40 ms an answer (`serve.rs`).
 
 mod check;
 mod client;

@@ -1,7 +1,6 @@
 //! The command as a user runs it, and a server of the tiny model.
 
-// Each test binary uses a part.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

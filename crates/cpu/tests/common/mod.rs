@@ -1,6 +1,5 @@
 //! Inputs and backends of the twin tests.
-// Every test binary compiles this and uses its own part of it.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "every test binary compiles this and uses its own part of it")]
 
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa, Tensor};
 use bitfast_ops::{Backend, BatchInputs, Class, Dtype, HostTensor, LinearDesc, LinearKind, SeqInput, bf16};

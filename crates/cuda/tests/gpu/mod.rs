@@ -1,6 +1,5 @@
 //! What GPU tests share: opening the card, inputs, transfers.
-// Every test binary compiles this and uses its own part of it.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "every test binary compiles this and uses its own part of it")]
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
