@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-const USAGE: &str = "usage: cargo xtask gpu [--shell COMMAND] [--sanitizer] [--env NAME=VALUE].. [TEST]..
+const USAGE: &str =
+    "usage: cargo xtask gpu [--shell COMMAND] [--jobs N] [--sanitizer] [--env NAME=VALUE].. [TEST]..
 
 Builds the GPU tests and the command in release mode, strips them, and packs them with a script into
 target/gpu/bundle.tar.gz. With --shell, the bundle goes to that shell's standard input and is unpacked
@@ -16,6 +18,7 @@ and run in a temporary folder there; prints a table and fails on any difference:
   cargo xtask gpu --shell \"ssh gpu-host\"
   cargo xtask gpu --shell \"bash -c\"              (this machine)
 Without it: copy the bundle, unpack it, run ./run.sh there.
+  --jobs       so many tests side by side there (1; 8 fit in 80 GB and take a fifth of the time)
   --sanitizer  also run the small twin tests under compute-sanitizer (memcheck and racecheck)
   --env        set a variable there, such as BITFAST_NVRTC=/path/libnvrtc.so.13
   TEST         only these, such as twin_linear";
@@ -38,6 +41,7 @@ const TESTS: [(&str, &str); 10] = [
 #[derive(Debug, Default)]
 struct Args {
     shell: Option<String>,
+    jobs: Option<NonZeroUsize>,
     sanitizer: bool,
     env: Vec<String>,
     tests: Vec<String>,
@@ -76,6 +80,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Args> {
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--shell" => parsed.shell = Some(args.next().context(USAGE)?),
+            "--jobs" => {
+                let jobs = args.next().context(USAGE)?;
+                parsed.jobs = Some(jobs.parse().with_context(|| format!("--jobs {jobs}"))?);
+            }
             "--env" => parsed.env.push(args.next().context(USAGE)?),
             "--sanitizer" => parsed.sanitizer = true,
             name if TESTS.iter().any(|(_, test)| *test == name) => parsed.tests.push(arg),
@@ -153,9 +161,10 @@ fn make_executable(_: &Path) -> Result<()> {
 
 fn run_there(shell: &str, bundle: &Path, args: &Args) -> Result<()> {
     let env: String = args.env.iter().map(|e| format!("export '{e}'; ")).collect();
+    let jobs = args.jobs.map_or(1, NonZeroUsize::get);
     let sanitizer = if args.sanitizer { " --sanitizer" } else { "" };
     let there = format!(
-        "set -e; d=$(mktemp -d); trap 'rm -rf $d' EXIT; cd $d; tar xz; cd bitfast-gpu; {env}./run.sh{sanitizer}"
+        "set -e; d=$(mktemp -d); trap 'rm -rf $d' EXIT; cd $d; tar xz; cd bitfast-gpu; {env}./run.sh --jobs {jobs}{sanitizer}"
     );
     let mut words = shell.split_whitespace();
     let mut command = Command::new(words.next().context(USAGE)?);
@@ -183,12 +192,15 @@ mod tests {
 
     #[test]
     fn flags_are_read_and_mistakes_named() {
-        let parsed = args(&["--shell", "ssh host", "--sanitizer", "--env", "A=1", "twin_rows"]).unwrap();
+        let words = ["--shell", "ssh host", "--jobs", "4", "--sanitizer", "--env", "A=1", "twin_rows"];
+        let parsed = args(&words).unwrap();
+        assert_eq!(parsed.jobs.unwrap().get(), 4);
         assert_eq!((parsed.shell.as_deref(), parsed.sanitizer), (Some("ssh host"), true));
         assert_eq!((parsed.env, parsed.tests), (vec!["A=1".to_owned()], vec!["twin_rows".to_owned()]));
         assert!(args(&["twin_nothing"]).unwrap_err().to_string().contains("\"twin_nothing\""));
         assert!(args(&["--env", "A"]).unwrap_err().to_string().contains("--env A"));
         assert!(args(&["--shell"]).is_err());
+        assert!(args(&["--jobs", "0"]).unwrap_err().to_string().contains("--jobs 0"));
     }
 
     /// The script against binaries that pass, fail and run nothing, and against a command that finds everything equal.
@@ -202,24 +214,28 @@ mod tests {
                 fs::write(&path, text).unwrap();
                 make_executable(&path).unwrap();
             }
-            let output = Command::new("./run.sh").current_dir(dir.path()).output().unwrap();
+            let mut script = Command::new("./run.sh");
+            let output = script.args(["--jobs", "2"]).current_dir(dir.path()).output().unwrap();
             (output.status.success(), String::from_utf8(output.stdout).unwrap())
         };
-        let run = |body: &str| run_with("twin_x", body);
-        let (ok, table) = run(
-            "#!/bin/sh\necho 'test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
-        );
-        assert!(ok && table.contains("twin_x") && table.contains("3 passed, 0 failed"), "{table}");
-        let (ok, table) = run(
-            "#!/bin/sh\necho 'test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out'\nexit 101\n",
-        );
-        assert!(!ok && table.contains("2 passed, 1 failed"), "{table}");
-        let (ok, _) = run("#!/bin/sh\nexit 139\n");
+        // A test binary with two tests; the second one ends so.
+        let run = |second: &str| {
+            let list = "case $* in *--list*) echo 'a: test'; echo 'm::b: test'; exit;; esac";
+            let ok = "'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out'";
+            run_with("twin_x", &format!("#!/bin/sh\n{list}\ncase $* in *m::b*) {second};; esac\necho {ok}\n"))
+        };
+        let (ok, table) = run(":");
+        assert!(ok && table.contains("twin_x m::b") && table.contains("2 passed, 0 failed"), "{table}");
+        let result = "'test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 1 filtered out'";
+        let (ok, table) = run(&format!("echo a difference; echo {result}; exit 101"));
+        assert!(!ok && table.contains("a difference") && table.contains("1 passed, 1 failed"), "{table}");
+        let (ok, _) = run("exit 139");
         assert!(!ok, "a crash is no pass");
-        let (ok, _) = run(
-            "#!/bin/sh\necho 'test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'\n",
-        );
+        let (ok, _) =
+            run("echo 'test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out'; exit");
         assert!(!ok, "nothing run is no pass");
+        let (ok, _) = run_with("twin_x", "#!/bin/sh\nexit 127\n");
+        assert!(!ok, "a binary that does not start is no pass");
         let command = |code: &str| {
             let answer = "a=; for w; do [ \"$a\" = --output ] && echo '{}' > $w; a=$w; done";
             format!("#!/bin/sh\n{answer}\ncase $* in *changed*) exit {code};; esac\n")

@@ -1,30 +1,54 @@
 #!/usr/bin/env bash
-# Runs every test binary beside it on this machine's GPU, prints a table, fails on any difference.
-# usage: ./run.sh [--sanitizer | --only-sanitizer]
+# Runs every test of the binaries beside it on this machine's GPU, prints a row each, fails on any difference.
+# usage: ./run.sh [--jobs N] [--sanitizer | --only-sanitizer]
 cd "$(dirname "$0")" || exit 2
 export BITFAST_FIXTURES="$PWD/fixtures"
+jobs=1 tests=1 sanitizer=0
+while [ $# != 0 ]; do
+    case $1 in
+    --jobs) jobs=$2 && shift ;;
+    --sanitizer) sanitizer=1 ;;
+    --only-sanitizer) sanitizer=1 tests=0 ;;
+    *) echo "unknown option $1" >&2 && exit 2 ;;
+    esac
+    shift
+done
 mkdir -p logs
-passed=0 failed=0
+: >logs/counts
 
-# name, log, exit status, seconds
-row() {
-    local line p f
-    line=$(grep '^test result:' "$2" | tail -1)
+# Its name and the command. Prints one row when it has ended, with the end of its log when it failed.
+run() {
+    local name=$1 log begin=$SECONDS status=0 line p f
+    log="logs/${name//[ :]/-}.log"
+    shift
+    "$@" >"$log" 2>&1 || status=$?
+    line=$(grep '^test result:' "$log" | tail -1)
     p=$(sed -n 's/.* \([0-9]*\) passed.*/\1/p' <<<"$line")
     f=$(sed -n 's/.* \([0-9]*\) failed.*/\1/p' <<<"$line")
     p=${p:-0} f=${f:-0}
     # A crash, or a binary that ran nothing, is a failure.
-    if [ "$f" = 0 ] && { [ "$3" != 0 ] || [ "$p" = 0 ]; }; then f=1; fi
-    passed=$((passed + p)) failed=$((failed + f))
-    printf '%-28s %4d passed %4d failed %6ds\n' "$1" "$p" "$f" "$4"
-    if [ "$f" != 0 ]; then tail -40 "$2"; fi
+    if [ "$f" = 0 ] && { [ "$status" != 0 ] || [ "$p" = 0 ]; }; then f=1; fi
+    echo "$p $f" >>logs/counts
+    line=$(printf '%-72s %2d passed %2d failed %5ds' "$name" "$p" "$f" $((SECONDS - begin)))
+    if [ "$f" != 0 ]; then line+=$'\n'$(tail -40 "$log"); fi
+    printf '%s\n' "$line"
 }
 
-run() {
-    local name=$1 begin=$SECONDS status=0
-    shift
-    "$@" >"logs/$name.log" 2>&1 || status=$?
-    row "$name" "logs/$name.log" "$status" $((SECONDS - begin))
+# The same as soon as fewer than $jobs are under way.
+start() {
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    run "$@" &
+}
+
+# Each test of a binary in a process of its own: a crash ends one, and they spread over the jobs.
+start_tests() {
+    local binary=$1 names name
+    names=$("./$binary" --include-ignored --list 2>/dev/null | sed -n 's/: test$//p')
+    # No list: the binary itself says why, in its row.
+    if [ -z "$names" ]; then start "$binary" "./$binary"; fi
+    for name in $names; do
+        start "$binary $name" "./$binary" --include-ignored --exact "$name" --nocapture
+    done
 }
 
 # What a user would do: the card answers 32 requests in one batch, this machine's CPU derives every bit again; a changed logprob is noticed.
@@ -48,22 +72,28 @@ end_to_end() {
 }
 
 if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; fi
-for binary in selfcheck twin_* unconstrained golden_* law_*; do
-    if [ "${1:-}" != --only-sanitizer ] && [ -x "$binary" ]; then run "$binary" "./$binary" --include-ignored --test-threads=1 --nocapture; fi
-done
-if [ "${1:-}" != --only-sanitizer ] && [ -x bitfast ]; then run end-to-end end_to_end; fi
-case ${1:-} in --sanitizer | --only-sanitizer)
+if [ "$tests" = 1 ]; then
+    # The longest first.
+    for binary in law_* twin_* golden_* unconstrained selfcheck; do
+        if [ -x "$binary" ]; then start_tests "$binary"; fi
+    done
+    if [ -x bitfast ]; then start end-to-end end_to_end; fi
+    wait
+fi
+if [ "$sanitizer" = 1 ]; then
     for tool in memcheck racecheck; do
         for binary in twin_*; do
             # racecheck does not see that __syncwarp orders a warp's reads of a ring slot before the one lane that hands it back, and reports
             # all other lanes (LOG.md, "compute-sanitizer").
             [ "$tool-$binary" = racecheck-twin_attention ] && continue
             ./"$binary" --list --ignored small | grep -q ': test' || continue
-            run "$binary-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            start "$binary $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
                 "./$binary" --include-ignored --test-threads=1 small
         done
     done
-    ;;
-esac
+    wait
+fi
+passed=0 failed=0
+while read -r p f; do passed=$((passed + p)) failed=$((failed + f)); done <logs/counts
 echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+[ "$failed" = 0 ] && [ "$passed" != 0 ]
