@@ -178,9 +178,10 @@ fn every_variant_equals_the_reference_kernel() {
 #[ignore = "needs an H100 or H200"]
 fn small_layers() {
     let gpu = gpu();
+    let fused = LinearSpec::new(LinearKind::GateUp, 144, 200).fused().expect("whole eights");
     compare(
         &gpu,
-        &[LinearSpec::new(LinearKind::Row, 136, 1024), LinearSpec::new(LinearKind::Vocab, 72, 200)],
+        &[LinearSpec::new(LinearKind::Row, 136, 1024), LinearSpec::new(LinearKind::Vocab, 72, 200), fused],
         &[7, 130],
     );
 }
