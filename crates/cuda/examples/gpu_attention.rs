@@ -1,23 +1,29 @@
-//! Speed of paged attention on a GPU: medians of graph replays over caches larger than L2. Bits are the twin tests' matter. `splits`: decode in
-//! splits of any length, as the unconstrained mode may cut them, beside the contract's.
-
-use std::error::Error;
+//! Speed of paged attention on a GPU: medians of graph replays over caches larger than L2, the tilings of a batch in turns. Bits are the twin
+//! tests' matter. `splits`: decode in splits of any length, as the unconstrained mode may cut them, beside the contract's.
 
 use bitfast_cuda::attention::{
     Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Paged, Share, Sliced, Tiling, block_bytes,
 };
-use bitfast_cuda::driver::{Buffer, Device, Overlap, Stream};
+use bitfast_cuda::driver::{Buffer, Device, Graph, Overlap, Stream};
 use bitfast_cuda::jit::Jit;
 use bitfast_ops::SeqInput;
 
 mod common;
 
-use common::{Filler, fill_source};
+use common::{Filler, Result, fill_source, time_in_turns};
 
 /// Qwen3-1.7B.
 const QWEN: AttentionSpec = AttentionSpec { heads: 16, kv_heads: 8, head_dim: 128 };
 /// Llama-3.1-8B.
 const LLAMA: AttentionSpec = AttentionSpec { heads: 32, kv_heads: 8, head_dim: 128 };
+
+/// Sequences of `context` cached tokens and `rows` new ones.
+#[derive(Clone, Copy)]
+struct Batch {
+    seqs: usize,
+    context: usize,
+    rows: usize,
+}
 
 struct Bench {
     device: Device,
@@ -31,7 +37,7 @@ struct Bench {
 const KV_BYTES: usize = 1100 << 20;
 
 impl Bench {
-    fn new(jit: Jit) -> Result<Self, Box<dyn Error>> {
+    fn new(jit: Jit) -> Result<Self> {
         let device = Device::open(0)?;
         let stream = device.stream()?;
         let filler = Filler::new(&device, &jit)?;
@@ -43,27 +49,26 @@ impl Bench {
         Ok(Self { q, kv, out, device, stream, jit })
     }
 
-    /// Microseconds of one launch for `seqs` sequences of `context` cached tokens and `rows` new ones.
-    fn time(
-        &self,
-        spec: AttentionSpec,
-        tiling: Tiling,
-        seqs: usize,
-        context: usize,
-        rows: usize,
-    ) -> Result<f64, Box<dyn Error>> {
-        self.time_cut(spec, tiling, None, [seqs, context, rows])
+    /// Microseconds of one launch of each tiling, in splits of that many tiles where a number is said.
+    fn time(&self, spec: AttentionSpec, batch: Batch, cuts: &[(Tiling, Option<usize>)]) -> Result<Vec<f64>> {
+        let (mut kept, mut graphs) = (Vec::new(), Vec::new());
+        for &(tiling, tiles) in cuts {
+            let attention = Attention::new(&self.device, &self.jit, spec, tiling)?;
+            let (calls, graph, launches) = self.graph(spec, batch, &attention, tiles)?;
+            graphs.push((graph, launches));
+            kept.push((attention, calls));
+        }
+        time_in_turns(&self.device, &self.stream, &graphs)
     }
 
-    /// As [`time`](Self::time), in splits of `tiles` tiles where it is said.
-    fn time_cut(
+    /// A graph of launches, how many, and the batches that it reads.
+    fn graph(
         &self,
         spec: AttentionSpec,
-        tiling: Tiling,
+        Batch { seqs, context, rows }: Batch,
+        attention: &Attention,
         tiles: Option<usize>,
-        [seqs, context, rows]: [usize; 3],
-    ) -> Result<f64, Box<dyn Error>> {
-        let attention = Attention::new(&self.device, &self.jit, spec, tiling)?;
+    ) -> Result<(Vec<AttentionBatch>, Graph, usize)> {
         let per_seq = (context + rows).div_ceil(BLOCK_TOKENS);
         let available = KV_BYTES / block_bytes(&spec);
         assert!(seqs * per_seq <= available, "{} blocks of {available}", seqs * per_seq);
@@ -96,19 +101,7 @@ impl Bench {
                 attention.launch(&self.stream, Overlap::WithPrevious, scale, batch, &self.q, kv, &self.out)
             })
         })?;
-        let (start, end) = (self.device.event()?, self.device.event()?);
-        let mut times = Vec::new();
-        for round in 0..12 {
-            self.stream.record(&start)?;
-            self.stream.replay(&graph)?;
-            self.stream.record(&end)?;
-            let us = f64::from(start.elapsed_ms(&end)?) * 1e3 / launches as f64;
-            if round > 1 {
-                times.push(us);
-            }
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        Ok((calls, graph, launches))
     }
 }
 
@@ -124,7 +117,7 @@ fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
     vec![Tiling::prefill(spec), Tiling::Paged(single)]
 }
 
-fn splits(bench: &Bench) -> Result<(), Box<dyn Error>> {
+fn splits(bench: &Bench) -> Result<()> {
     for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
         for (seqs, context) in [
             (1, 512),
@@ -142,12 +135,13 @@ fn splits(bench: &Bench) -> Result<(), Box<dyn Error>> {
             (32, 1024),
             (64, 1024),
         ] {
-            let batch = [seqs, context - 1, 1];
-            let law = bench.time(spec, Tiling::decode(&spec), seqs, context - 1, 1)?;
-            print!("{name} {seqs:>3} x {context:<5}  law {law:6.2} us; splits of");
-            for tiles in [1, 2, 4, 8, 16, 32, 64, 128].into_iter().filter(|t| *t <= context / 64) {
-                let us = bench.time_cut(spec, Tiling::unconstrained(&spec), Some(tiles), batch)?;
-                print!("  {tiles}: {us:.2}");
+            let lengths = [1, 2, 4, 8, 16, 32, 64, 128].into_iter().filter(|t| *t <= context / 64);
+            let cut = lengths.map(|tiles| (Tiling::unconstrained(&spec), Some(tiles)));
+            let cuts: Vec<_> = [(Tiling::decode(&spec), None)].into_iter().chain(cut).collect();
+            let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
+            print!("{name} {seqs:>3} x {context:<5}  law {:6.2} us; splits of", times[0]);
+            for ((_, tiles), us) in cuts.iter().zip(&times).skip(1) {
+                print!("  {}: {us:.2}", tiles.expect("all but the law's"));
             }
             println!();
         }
@@ -166,7 +160,7 @@ fn label(tiling: &Tiling) -> String {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<()> {
     // Before the card is opened: without one this fills the kernel cache.
     let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
     let mut sources = vec![fill_source()];
@@ -198,13 +192,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             (256, 1024),
             (16, 8192),
         ] {
-            for tiling in decodes(&spec, context.div_ceil(512)) {
-                let us = bench.time(spec, tiling, seqs, context - 1, 1)?;
+            let cuts: Vec<_> = decodes(&spec, context.div_ceil(512)).into_iter().map(|t| (t, None)).collect();
+            let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
+            for ((tiling, _), us) in cuts.iter().zip(times) {
                 let bytes = (seqs * context * spec.kv_heads * spec.head_dim * 4) as f64;
                 let rate = bytes / us / 1e6;
                 println!(
                     "{name} {seqs:>3} x {context:<5} {:<34} {us:8.2} us  {rate:5.2} TB/s",
-                    label(&tiling)
+                    label(tiling)
                 );
             }
         }
@@ -212,13 +207,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("prefill");
     for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
         for (seqs, rows) in [(1, 8192), (16, 1024)] {
-            for tiling in prefills(&spec) {
-                let us = bench.time(spec, tiling, seqs, 0, rows)?;
+            let cuts: Vec<_> = prefills(&spec).into_iter().map(|t| (t, None)).collect();
+            let times = bench.time(spec, Batch { seqs, context: 0, rows }, &cuts)?;
+            for ((tiling, _), us) in cuts.iter().zip(times) {
                 let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
                 let rate = flops / us / 1e6;
                 println!(
                     "{name} {seqs:>2} x {rows:<4} {:<34} {us:8.1} us  {rate:6.1} TFLOP/s",
-                    label(&tiling)
+                    label(tiling)
                 );
             }
         }

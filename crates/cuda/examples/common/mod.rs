@@ -1,10 +1,9 @@
-//! What the examples share; each uses a part.
-#![allow(dead_code)]
-
-use std::error::Error;
+//! What examples share.
 
 use bitfast_cuda::driver::{Arg, Buffer, Device, Graph, Kernel, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
+
+pub type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 /// A kernel that fills bf16 memory with numbers in [-scale, scale).
 const FILL: &str = r#"
@@ -26,7 +25,7 @@ pub fn fill_source() -> KernelSource {
 pub struct Filler(Kernel);
 
 impl Filler {
-    pub fn new(device: &Device, jit: &Jit) -> Result<Self, Box<dyn Error>> {
+    pub fn new(device: &Device, jit: &Jit) -> Result<Self> {
         Ok(Self(device.kernel(&jit.cubin(&fill_source())?, "fill", 0)?))
     }
 
@@ -38,7 +37,7 @@ impl Filler {
         bytes: usize,
         seed: i32,
         scale: f32,
-    ) -> Result<Buffer, Box<dyn Error>> {
+    ) -> Result<Buffer> {
         let buffer = device.alloc(bytes)?;
         let launch = Launch { grid: [1024, 1, 1], threads: 256, overlap: Overlap::None };
         let args = [Arg::Ptr(buffer.ptr()), Arg::Ptr(bytes as u64 / 2), Arg::I32(seed), Arg::F32(scale)];
@@ -49,11 +48,7 @@ impl Filler {
 }
 
 /// Median microseconds of a launch of each graph (and how many it has); the graphs take turns, seven each.
-pub fn time_in_turns(
-    device: &Device,
-    stream: &Stream,
-    graphs: &[(Graph, usize)],
-) -> Result<Vec<f64>, Box<dyn Error>> {
+pub fn time_in_turns(device: &Device, stream: &Stream, graphs: &[(Graph, usize)]) -> Result<Vec<f64>> {
     let (start, end) = (device.event()?, device.event()?);
     // Idle clocks are low: some 50 ms of work first.
     let mut warm_ms = 0.0;
