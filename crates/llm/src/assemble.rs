@@ -169,11 +169,9 @@ impl Assembler {
             out.logprobs.get_or_insert_default().push(position.clone());
             chunk.logprobs = Some(vec![position]);
         }
-        let searched = out.token_ids.len() > self.text.min_tokens as usize;
-        let sample = &mut self.samples[i];
-        if let Some(detokenizer) = sample.detokenizer.as_mut().filter(|_| !hidden) {
+        if let Some(detokenizer) = self.samples[i].detokenizer.as_mut().filter(|_| !hidden) {
             let text = detokenizer.push(token);
-            match if searched { sample.stops.push(&text) } else { StopOutcome::Text(text) } {
+            match self.search(i, &text) {
                 StopOutcome::Text(text) => chunk.text = text,
                 StopOutcome::Stopped { text, stop } => {
                     chunk.text = text;
@@ -195,13 +193,12 @@ impl Assembler {
         if self.output.outputs[i].finish_reason.is_some() {
             return Step::Quiet;
         }
-        let sample = &mut self.samples[i];
         let mut chunk = Chunk { index, ..Chunk::default() };
-        let rest = sample.detokenizer.as_mut().map(|d| d.finish()).unwrap_or_default();
+        let rest = self.samples[i].detokenizer.as_mut().map(|d| d.finish()).unwrap_or_default();
         // The rest of an unfinished character may still complete a stop string.
-        match sample.stops.push(&rest) {
+        match self.search(i, &rest) {
             StopOutcome::Text(text) => {
-                chunk.text = text + &sample.stops.finish();
+                chunk.text = text + &self.samples[i].stops.finish();
                 chunk.finish_reason = Some(match reason {
                     engine::FinishReason::Stop => FinishReason::Stop,
                     engine::FinishReason::Length => FinishReason::Length,
@@ -216,6 +213,15 @@ impl Assembler {
             }
         }
         self.apply(chunk)
+    }
+
+    /// Looks for stop strings in sample `i`'s next text. Up to `min_tokens` they end nothing, but may begin.
+    fn search(&mut self, i: usize, text: &str) -> StopOutcome {
+        let stops = &mut self.samples[i].stops;
+        match self.output.outputs[i].token_ids.len() > self.text.min_tokens as usize {
+            true => stops.push(text),
+            false => StopOutcome::Text(stops.pass(text)),
+        }
     }
 
     fn apply(&mut self, chunk: Chunk) -> Step {

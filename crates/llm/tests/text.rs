@@ -78,9 +78,13 @@ fn a_stop_string_ends_the_text_wherever_tokens_are_cut() {
     assert_eq!(sample.token_ids.len(), at + stop.len(), "the tokens that complete the stop string are there");
     let kept = one(&llm, "hello", SamplingParams { include_stop_str_in_output: true, ..params.clone() });
     assert_eq!(kept.outputs[0].text, text[..at + stop.len()]);
-    // The search begins after `min_tokens`.
-    let late = one(&llm, "hello", SamplingParams { min_tokens: (at + stop.len()) as u32, ..params });
+    // What is complete by `min_tokens` ends nothing; what begins before and is complete after does.
+    let until = |min_tokens: usize| SamplingParams { min_tokens: min_tokens as u32, ..params.clone() };
+    let late = one(&llm, "hello", until(at + stop.len()));
     assert_eq!(late.outputs[0].text, *text);
+    for border in at..at + stop.len() {
+        assert_eq!(one(&llm, "hello", until(border)).outputs, stopped.outputs, "min_tokens {border}");
+    }
 }
 
 #[test]

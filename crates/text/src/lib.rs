@@ -51,5 +51,5 @@ pub use grammar::{
     CompiledGrammar, Completeness, Grammar, GrammarCompiler, GrammarError, GrammarFault, GrammarMatcher,
     MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_GRAMMAR_DEPTH,
 };
-pub use stop::{InvalidStop, StopMatcher, StopOutcome, StopStrings, StopText};
+pub use stop::{InvalidStop, MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopOutcome, StopStrings, StopText};
 pub use tokenizer::{GgufVocab, Tokenizer, TokenizerError};

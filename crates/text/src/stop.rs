@@ -9,12 +9,26 @@ pub enum StopText {
     Keep,
 }
 
-/// A stop string that cannot be searched for.
+/// Most stop strings of a request: each costs every byte of text a step.
+pub const MAX_STOPS: usize = 256;
+/// Most bytes of a stop string.
+pub const MAX_STOP_BYTES: usize = 4096;
+
+/// Stop strings that cannot be searched for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidStop {
     /// It would match before the first token.
     #[error("a stop string cannot be empty")]
     Empty,
+    /// It is longer than a stop string may be.
+    #[error("a stop string has {bytes} bytes, more than {MAX_STOP_BYTES}")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// There are more of them than a request may have.
+    #[error("there are more than {MAX_STOPS} stop strings")]
+    TooMany,
 }
 
 /// A request's stop strings, prepared once and shared by its samples.
@@ -25,12 +39,16 @@ pub struct StopStrings {
 }
 
 impl StopStrings {
-    /// `stops` in any order, also none; refuses an empty string.
+    /// `stops` in any order, also none; refuses an empty string, and what exceeds the limits.
     pub fn new<S: Into<String>>(
         stops: impl IntoIterator<Item = S>,
         text: StopText,
     ) -> Result<Self, InvalidStop> {
-        let patterns = stops.into_iter().map(|stop| Pattern::new(stop.into())).collect::<Result<_, _>>()?;
+        let pattern = |(index, stop): (usize, S)| match index < MAX_STOPS {
+            true => Pattern::new(stop.into()),
+            false => Err(InvalidStop::TooMany),
+        };
+        let patterns = stops.into_iter().enumerate().map(pattern).collect::<Result<_, _>>()?;
         Ok(Self { patterns, text })
     }
 
@@ -82,15 +100,37 @@ impl StopMatcher {
                 return self.stopped(buffer, end, found);
             }
         }
-        let keep = self.matched.iter().copied().max().unwrap_or(0);
-        self.held = buffer.split_off(buffer.len() - keep);
-        StopOutcome::Text(buffer)
+        StopOutcome::Text(self.released(buffer))
+    }
+
+    /// Adds text that no stop string may end; gives what none can take back any more. One that becomes complete in a later
+    /// [`push`](Self::push) may begin in it.
+    pub fn pass(&mut self, text: &str) -> String {
+        let mut buffer = std::mem::take(&mut self.held);
+        buffer.push_str(text);
+        for byte in text.bytes() {
+            for (pattern, matched) in self.stops.patterns.iter().zip(&mut self.matched) {
+                *matched = pattern.advance(*matched, byte);
+                if *matched == pattern.len() {
+                    // Its end may be the beginning of one that counts.
+                    *matched = pattern.fallback[*matched - 1];
+                }
+            }
+        }
+        self.released(buffer)
     }
 
     /// The text held back, when the sequence ends without a stop string.
     pub fn finish(&mut self) -> String {
         self.matched.fill(0);
         std::mem::take(&mut self.held)
+    }
+
+    /// Holds back the end of `buffer` that may be the beginning of a stop string; the rest.
+    fn released(&mut self, mut buffer: String) -> String {
+        let keep = self.matched.iter().copied().max().unwrap_or(0);
+        self.held = buffer.split_off(buffer.len() - keep);
+        buffer
     }
 
     /// Advances every pattern by one byte; the longest one that is now complete.
@@ -127,8 +167,10 @@ struct Pattern {
 
 impl Pattern {
     fn new(text: String) -> Result<Self, InvalidStop> {
-        if text.is_empty() {
-            return Err(InvalidStop::Empty);
+        match text.len() {
+            0 => return Err(InvalidStop::Empty),
+            1..=MAX_STOP_BYTES => {}
+            bytes => return Err(InvalidStop::TooLong { bytes }),
         }
         let mut pattern = Self { fallback: vec![0; text.len()], text };
         let mut matched = 0;

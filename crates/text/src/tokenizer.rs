@@ -4,6 +4,7 @@ mod gguf;
 mod pieces;
 mod pre;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -52,10 +53,11 @@ impl Tokenizer {
                 "more than {limit} white-space characters from byte {start}"
             )));
         }
-        let encoding = self
-            .shared
-            .encoder
-            .encode_fast(text, add_special)
+        // Rules of a tokenizer.json that contradict each other (a template that names a token which is not there) panic inside
+        // `tokenizers`, some only on some texts.
+        let encoding = catch_unwind(AssertUnwindSafe(|| self.shared.encoder.encode_fast(text, add_special)));
+        let encoding = encoding
+            .map_err(|_| TokenizerError::Encode("the tokenizer's rules contradict each other".into()))?
             .map_err(|error| TokenizerError::Encode(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }

@@ -74,8 +74,25 @@ fn characters_of_several_bytes() {
 }
 
 #[test]
-fn an_empty_stop_string_is_refused() {
-    assert_eq!(StopStrings::new(["a", ""], StopText::Drop).unwrap_err(), InvalidStop::Empty);
+fn what_cannot_be_searched_for_is_refused() {
+    let new = |stops: Vec<String>| StopStrings::new(stops, StopText::Drop).map(drop);
+    assert_eq!(new(vec!["a".into(), String::new()]), Err(InvalidStop::Empty));
+    assert_eq!(new(vec!["a".repeat(4096); 256]), Ok(()));
+    assert_eq!(new(vec!["a".repeat(4097)]), Err(InvalidStop::TooLong { bytes: 4097 }));
+    assert_eq!(new(vec!["a".into(); 257]), Err(InvalidStop::TooMany));
+}
+
+#[test]
+fn a_stop_string_may_begin_in_text_that_none_may_end() {
+    let mut matcher = StopStrings::new(["aba", "xy"], StopText::Drop).unwrap().matcher();
+    // Complete, which does not count; its last letter may begin the next one.
+    assert_eq!(matcher.pass("xy aba"), "xy ab");
+    let stop = "aba".to_string();
+    assert_eq!(matcher.push("ba!"), StopOutcome::Stopped { text: String::new(), stop });
+    assert_eq!(matcher.pass("abx"), "ab");
+    assert_eq!(matcher.pass("y"), "xy");
+    assert_eq!(matcher.push("y"), StopOutcome::Text("y".into()));
+    assert_eq!(matcher.finish(), "");
 }
 
 /// The control: a search of each part alone misses a border, so the law below can fail.
@@ -103,5 +120,32 @@ proptest! {
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
         prop_assert_eq!(run(&stops, keep, &parts), naive(&stops, keep, &parts.concat()));
+    }
+
+    /// Only ends behind the first `passed` parts count.
+    #[test]
+    fn text_that_is_passed_ends_nothing_and_loses_nothing(
+        parts in prop::collection::vec(letters(), 0..10),
+        passed in 0..10usize,
+        stops in prop::collection::vec(letters().prop_filter("not empty", |stop| !stop.is_empty()), 0..4),
+    ) {
+        let mut matcher = StopStrings::new(stops.clone(), StopText::Keep).unwrap().matcher();
+        let text = parts.concat();
+        let (free, searched) = parts.split_at(passed.min(parts.len()));
+        let mut got: String = free.iter().map(|part| matcher.pass(part)).collect();
+        let outcome = matcher.push(&searched.concat());
+        let from = free.concat().len();
+        let ends = (from + 1..=text.len()).filter(|&end| text.is_char_boundary(end));
+        let end = ends.filter(|&end| stops.iter().any(|stop| text[..end].ends_with(stop.as_str()))).min();
+        match outcome {
+            StopOutcome::Text(released) => {
+                got.push_str(&(released + &matcher.finish()));
+                prop_assert_eq!((got.as_str(), None), (text.as_str(), end));
+            }
+            StopOutcome::Stopped { text: released, .. } => {
+                got.push_str(&released);
+                prop_assert_eq!((got.as_str(), Some(got.len())), (&text[..got.len()], end));
+            }
+        }
     }
 }

@@ -75,7 +75,9 @@ fn sentence_piece_scores_bytes_and_spaces() {
 
 #[test]
 fn vocabularies_that_contradict_themselves() {
-    let cases: [(GgufVocab, &str); 9] = [
+    let mut long = sentence_piece();
+    long.tokens[8] = "h".repeat(5000);
+    let cases: [(GgufVocab, &str); 10] = [
         (GgufVocab { model: "t5".into(), ..byte_level() }, "\"t5\""),
         (GgufVocab { pre: Some("nope".into()), ..byte_level() }, "\"nope\""),
         (GgufVocab { merges: names(&["h"]), ..byte_level() }, "merge 0"),
@@ -86,6 +88,7 @@ fn vocabularies_that_contradict_themselves() {
         (GgufVocab { bos_id: Some(14), ..byte_level() }, "special id 14"),
         (GgufVocab { unknown_id: Some(10), ..sentence_piece() }, "special id 10"),
         (GgufVocab { scores: Vec::new(), ..sentence_piece() }, "scores"),
+        (long, "token 8 has 5000 bytes"),
     ];
     for (vocab, culprit) in cases {
         let error = Tokenizer::from_gguf(vocab).unwrap_err().to_string();
@@ -167,18 +170,47 @@ fn folders_that_are_broken() {
         matches!(load(), TokenizerError::Malformed { path, .. } if path.ends_with("tokenizer_config.json"))
     );
     std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
-    let edit = |change: &dyn Fn(&mut serde_json::Value)| {
-        write_folder(dir.path());
-        let text = std::fs::read(dir.path().join("tokenizer.json")).unwrap();
-        let mut value = serde_json::from_slice(&text).unwrap();
-        change(&mut value);
-        write(dir.path(), "tokenizer.json", &value);
-    };
-    edit(&|value| value["decoder"] = json!({ "type": "WordPiece", "prefix": "##", "cleanup": true }));
-    assert!(matches!(load(), TokenizerError::Unsupported { name, .. } if name == "WordPiece"));
+    let error =
+        edited(|value| value["decoder"] = json!({ "type": "WordPiece", "prefix": "##", "cleanup": true }));
+    assert!(matches!(error, Err(TokenizerError::Unsupported { name, .. }) if name == "WordPiece"));
     // The library panics on this one: the merged name is longer than every token.
-    edit(&|value| value["model"]["merges"] = json!([["<tool>", "<tool>"]]));
-    assert!(matches!(load(), TokenizerError::Malformed { .. }));
+    let error = edited(|value| value["model"]["merges"] = json!([["<tool>", "<tool>"]]));
+    assert!(matches!(error, Err(TokenizerError::Malformed { .. })));
+}
+
+/// The folder of [`write_folder`] after `change` to its `tokenizer.json`.
+fn edited(change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer, TokenizerError> {
+    let dir = tempfile::tempdir().unwrap();
+    write_folder(dir.path());
+    let text = std::fs::read(dir.path().join("tokenizer.json")).unwrap();
+    let mut value = serde_json::from_slice(&text).unwrap();
+    change(&mut value);
+    write(dir.path(), "tokenizer.json", &value);
+    Tokenizer::from_dir(dir.path())
+}
+
+#[test]
+fn rules_that_contradict_each_other_are_errors_of_the_text() {
+    // The library panics on both, on the second one for some texts only.
+    let absent = json!({ "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }] });
+    let tokenizer = edited(|value| value["post_processor"] = absent).unwrap();
+    let error = tokenizer.encode("hi", true).unwrap_err().to_string();
+    assert!(error.contains("contradict"), "{error}");
+    assert_eq!(tokenizer.encode("hi", false).unwrap(), [4]);
+    let no_length = json!({ "type": "FixedLength", "length": 0 });
+    let tokenizer = edited(|value| value["pre_tokenizer"] = no_length).unwrap();
+    assert!(tokenizer.encode("", false).unwrap().is_empty());
+    assert!(matches!(tokenizer.encode("hi", false), Err(TokenizerError::Encode(_))));
+}
+
+/// A file may ask for merges to be left out at random, as training does.
+#[test]
+fn the_same_text_gives_the_same_ids_whatever_the_file_asks_for() {
+    let tokenizer = edited(|value| value["model"]["dropout"] = json!(0.5)).unwrap();
+    for _ in 0..50 {
+        assert_eq!(tokenizer.encode("hi hi", false).unwrap(), [4, 6]);
+    }
 }
 
 proptest! {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
+use tokenizers::ModelWrapper;
 
 use super::gguf::surround;
 use super::pieces::{PieceStyle, Pieces, Token, TokenKind};
@@ -66,6 +67,14 @@ fn read_encoder(path: &Path) -> Result<tokenizers::Tokenizer, TokenizerError> {
         .map_err(|error| malformed(path, error))?;
     encoder.with_truncation(None).map_err(|error| malformed(path, error))?;
     encoder.with_padding(None);
+    if let ModelWrapper::BPE(bpe) = encoder.get_model()
+        && bpe.dropout.is_some()
+    {
+        // Merges left out at random are for training: ids are a function of the text.
+        let mut whole = bpe.clone();
+        whole.dropout = None;
+        encoder.with_model(whole);
+    }
     Ok(encoder)
 }
 

@@ -45,6 +45,10 @@ pub struct GgufVocab {
     pub chat_template: Option<String>,
 }
 
+/// Bytes of a token's name. The longest in use are some hundreds of spaces; every cut of a name is looked up, at the cost of its
+/// bytes, so that one of megabytes would take hours.
+const MAX_NAME: usize = 4096;
+
 /// Values of `token_type` that differ from a normal piece.
 mod token_type {
     pub(super) const UNKNOWN: i32 = 2;
@@ -105,6 +109,10 @@ fn check_lengths(vocab: &GgufVocab) -> Result<(), TokenizerError> {
         if len != 0 && len != tokens {
             return Err(TokenizerError::Vocab(format!("{tokens} tokens, but {len} {name}")));
         }
+    }
+    if let Some((id, name)) = vocab.tokens.iter().enumerate().find(|(_, name)| name.len() > MAX_NAME) {
+        let len = name.len();
+        return Err(TokenizerError::Vocab(format!("token {id} has {len} bytes, more than {MAX_NAME}")));
     }
     let ids = vocab.bos_id.iter().chain(&vocab.eos_ids).chain(&vocab.unknown_id);
     match ids.copied().find(|&id| id as usize >= tokens) {
