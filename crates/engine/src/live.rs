@@ -38,9 +38,8 @@ pub(crate) struct Live {
 pub(crate) struct Sample {
     pub(crate) place: Place,
     params: RowParams,
-    /// Tokens that may not come next; the first `always_forbidden` never may.
+    /// Tokens that may not come next.
     forbidden: Vec<u32>,
-    always_forbidden: usize,
     /// Of a constrained request.
     pub(crate) guide: Option<Guide>,
 }
@@ -68,15 +67,12 @@ impl Live {
     ) -> Self {
         let Submission { request, sink, at, .. } = submission;
         let sampling = request.sampling;
-        let always: Vec<u32> =
-            sampling.bad_words.iter().filter(|word| word.len() == 1).map(|word| word[0]).collect();
         let rules = guide_rules(&sampling, model_eos);
         let guide = || Some(Guide::new(sampling.constraint.clone()?, Arc::clone(&rules)));
         let samples = (0..sampling.n).map(|index| Sample {
             place: Place::Behind,
             params: row_params(&sampling, stream_seed(seed, index)),
-            forbidden: always.clone(),
-            always_forbidden: always.len(),
+            forbidden: Vec::new(),
             guide: guide(),
         });
         Self {
@@ -207,18 +203,18 @@ impl Live {
         self.unfinished -= usize::from(place == Place::Ended);
     }
 
-    /// Whether what may come next depends on what came.
+    /// Whether tokens are to be forbidden or masked anew in every step.
     pub(crate) fn has_rules(&self) -> bool {
         let SamplingParams { min_tokens, bad_words, constraint, .. } = &self.sampling;
-        *min_tokens > 0 || constraint.is_some() || bad_words.iter().any(|word| word.len() > 1)
+        *min_tokens > 0 || constraint.is_some() || !bad_words.is_empty()
     }
 
     /// Works out which tokens may not come next in sample `index`; nothing changes for a request without rules.
     pub(crate) fn update_forbidden(&mut self, index: u32, output: &[u32]) {
         let Self { samples, sampling, eos, .. } = self;
-        let sample = &mut samples[index as usize];
-        sample.forbidden.truncate(sample.always_forbidden);
-        forbid_next(sampling, eos, output, &mut sample.forbidden);
+        let forbidden = &mut samples[index as usize].forbidden;
+        forbidden.clear();
+        forbid_next(sampling, eos, output, forbidden);
     }
 
     /// What the choice of the next token of sample `index` depends on.
@@ -256,15 +252,15 @@ fn guide_rules(sampling: &SamplingParams, model_eos: &[u32]) -> Arc<GuideRules> 
     Arc::new(rules)
 }
 
-/// Adds the tokens that may not follow `output`, but for bad words of one token, which never may: end tokens (`eos` are the
-/// model's, in so far as they end this request) while `min_tokens` are not reached, and the last token of a bad word.
+/// Adds the tokens that may not follow `output`: end tokens (`eos` are the model's, in so far as they end this request) while
+/// `min_tokens` are not reached, and the last token of each bad word that `output` ends with the rest of.
 pub fn forbid_next(sampling: &SamplingParams, eos: &[u32], output: &[u32], forbidden: &mut Vec<u32>) {
     if output.len() < sampling.min_tokens as usize {
         forbidden.extend(eos.iter().chain(&sampling.stop_token_ids));
     }
     for word in &sampling.bad_words {
         let (last, start) = word.split_last().expect("validated");
-        if !start.is_empty() && output.ends_with(start) {
+        if output.ends_with(start) {
             forbidden.push(*last);
         }
     }

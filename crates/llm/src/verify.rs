@@ -63,6 +63,7 @@ impl Verifier {
     /// # Errors
     /// The transcripts are not all of one class, or of one that this build cannot derive; the model cannot be loaded.
     pub fn new(args: &EngineArgs, transcripts: &[Transcript], on_progress: OnProgress<'_>) -> Result<Self> {
+        args.validate()?;
         let class = common_class(args, transcripts)?;
         let isa = crate::start::isa(args)?;
         let opened = load::find(args, &mut *on_progress)?;
@@ -346,8 +347,6 @@ struct Choosing {
     seed: u64,
     allowed: Option<Arc<BitMask>>,
     bias: Vec<(u32, f32)>,
-    /// Bad words of one token.
-    always_forbidden: Vec<u32>,
     end_token_ids: Vec<u32>,
 }
 
@@ -383,7 +382,7 @@ impl<'a> Plan<'a> {
         let Some(choosing) = self.choosing.as_ref().filter(|_| position >= self.prompt_len) else {
             return Vec::new();
         };
-        let mut forbidden = choosing.always_forbidden.clone();
+        let mut forbidden = Vec::new();
         let output = &self.tokens[self.prompt_len..position];
         engine::forbid_next(&choosing.params, &choosing.end_token_ids, output, &mut forbidden);
         forbidden
@@ -430,7 +429,6 @@ impl Choosing {
             seed: stream_seed(seed, index),
             allowed: s.allowed_token_ids.map(mask),
             bias: s.logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
-            always_forbidden: s.bad_words.iter().filter(|w| w.len() == 1).map(|w| w[0]).collect(),
             end_token_ids: s.end_token_ids,
             params: engine::SamplingParams {
                 temperature: s.temperature,
