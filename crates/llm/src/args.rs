@@ -12,6 +12,10 @@ pub const DEFAULT_MODEL: &str = "smollm2-135m";
 
 /// Most engines of a fleet.
 const MAX_ENGINES: usize = 256;
+/// More than any machine has room for; they keep the arithmetic of sizes far from overflow.
+const MAX_THREADS: usize = 1 << 12;
+const MAX_SEQS: usize = 1 << 20;
+const MAX_STEP_TOKENS: usize = 1 << 24;
 
 /// How an engine is set up. `Default` is a CPU engine with the default model.
 ///
@@ -139,9 +143,14 @@ impl EngineArgs {
         if let Some((param, _)) = positive.iter().find(|(_, v)| *v == 0) {
             return Err(Error::invalid(*param, "must be at least 1"));
         }
-        if self.data_parallel_size > MAX_ENGINES {
-            let message = format!("{} is more than {MAX_ENGINES}", self.data_parallel_size);
-            return Err(Error::invalid("data_parallel_size", message));
+        let limited = [
+            ("data_parallel_size", self.data_parallel_size, MAX_ENGINES),
+            ("threads", self.threads.map_or(1, NonZeroUsize::get), MAX_THREADS),
+            ("max_num_seqs", self.max_num_seqs.unwrap_or(1), MAX_SEQS),
+            ("max_num_batched_tokens", self.max_num_batched_tokens.unwrap_or(1), MAX_STEP_TOKENS),
+        ];
+        if let Some((param, value, limit)) = limited.into_iter().find(|(_, value, limit)| value > limit) {
+            return Err(Error::invalid(param, format!("{value} is more than {limit}")));
         }
         if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
             let message = format!("{} is not above 0 and at most 1", self.gpu_memory_utilization);
@@ -379,6 +388,14 @@ mod tests {
         assert_eq!(args.validate().unwrap_err().to_string(), "max_num_seqs: must be at least 1");
         let args = EngineArgs { data_parallel_size: 257, ..EngineArgs::default() };
         assert_eq!(args.validate().unwrap_err().to_string(), "data_parallel_size: 257 is more than 256");
+        let args = EngineArgs { max_num_seqs: Some(usize::MAX), ..EngineArgs::default() };
+        assert!(
+            args.validate().unwrap_err().to_string().starts_with("max_num_seqs: 18446744073709551615 is")
+        );
+        let args = EngineArgs { max_num_batched_tokens: Some(usize::MAX), ..EngineArgs::default() };
+        assert!(args.validate().unwrap_err().to_string().starts_with("max_num_batched_tokens: 184467440"));
+        let args = EngineArgs { threads: NonZeroUsize::new(1_000_000), ..EngineArgs::default() };
+        assert_eq!(args.validate().unwrap_err().to_string(), "threads: 1000000 is more than 4096");
         let args =
             EngineArgs { max_num_seqs: Some(9), max_num_batched_tokens: Some(8), ..EngineArgs::default() };
         assert!(args.validate().unwrap_err().to_string().starts_with("max_num_batched_tokens: 8 is less"));

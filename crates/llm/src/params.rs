@@ -46,7 +46,7 @@ pub struct SamplingParams {
     pub min_tokens: u32,
     /// Do not stop at the model's end tokens.
     pub ignore_eos: bool,
-    /// Texts that end the answer; one string or a list.
+    /// Texts that end the answer; one string or a list of at most 256, each of at most 4096 bytes.
     #[serde(deserialize_with = "one_or_many")]
     pub stop: Vec<String>,
     /// Further end tokens.
@@ -63,7 +63,7 @@ pub struct SamplingParams {
     pub logit_bias: BTreeMap<u32, f32>,
     /// Only these tokens may be chosen.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// Texts that may not appear (as the token sequences that they encode to).
+    /// At most 1024 texts that may not appear (as the token sequences that they encode to).
     pub bad_words: Vec<String>,
     /// Keep only the last so many tokens of the prompt.
     pub truncate_prompt_tokens: Option<u32>,
@@ -192,6 +192,11 @@ impl SamplingParams {
 
     /// Each bad word at the start of a text and after a space, as vLLM does: the two encode differently.
     fn bad_word_ids(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
+        // Before they are encoded; the engine says the same of what they encode to.
+        if self.bad_words.len() > engine::MAX_WORDS {
+            let (limit, got) = (engine::MAX_WORDS, self.bad_words.len());
+            return Err(Error::invalid("bad_words", format!("must have at most {limit} entries, got {got}")));
+        }
         let mut sequences: Vec<Vec<u32>> = Vec::new();
         for word in &self.bad_words {
             let tokenizer = tokenizer.ok_or(Error::NoTokenizer { what: "bad_words" })?;
@@ -258,6 +263,10 @@ mod tests {
             ),
             (SamplingParams { stop: vec!["x".into()], ..Default::default() }, "stop needs a tokenizer"),
             (SamplingParams { bad_words: vec!["x".into()], ..Default::default() }, "bad_words needs"),
+            (
+                SamplingParams { bad_words: vec!["x".into(); 1025], ..Default::default() },
+                "bad_words: must have at most 1024",
+            ),
             (
                 SamplingParams { structured_outputs: Some(Structured::JsonObject), ..Default::default() },
                 "structured_outputs needs a tokenizer",
