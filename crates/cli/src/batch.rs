@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, say};
 use crate::flags::RunArgs;
 use crate::prompts_file::{self, Answers, PromptLine};
 use crate::{progress, trace};
@@ -29,7 +29,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
         line.request.params.temperature = line.request.params.temperature.or(temperature);
     }
     if skipped > 0 && !quiet {
-        eprintln!("{skipped} of {total} prompts are answered already");
+        say!("{skipped} of {total} prompts are answered already");
     }
 
     let _trace = trace::begin(&llm, "run", quiet)?;
@@ -46,7 +46,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
             }
             Err(error) if error.is_user_error() => {
                 refused += 1;
-                bar.suspend(|| eprintln!("error: {}:{}: {error}", prompts.display(), numbers[index]));
+                bar.suspend(|| say!("error: {}:{}: {error}", prompts.display(), numbers[index]));
                 Ok(())
             }
             Err(error) => Err(error.into()),
@@ -65,7 +65,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
     bar.finish_and_clear();
     failure?;
     if !quiet {
-        eprintln!("{} of {total} prompts are answered in {}", total - refused, output.display());
+        say!("{} of {total} prompts are answered in {}", total - refused, output.display());
     }
     if refused > 0 { Err(Exit::Reported(2)) } else { Ok(()) }
 }

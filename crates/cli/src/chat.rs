@@ -3,7 +3,7 @@
 use bitfast::{ChatMessage, LLM, Prompt, Request};
 use rustyline::error::ReadlineError;
 
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, say};
 use crate::flags::RunArgs;
 use crate::run::stream_chat;
 use crate::{progress, trace};
@@ -33,7 +33,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     let ours = |e: ReadlineError| Exit::Ours(format!("terminal: {e}"));
     let mut editor = rustyline::DefaultEditor::new().map_err(ours)?;
     if !args.engine.quiet {
-        eprintln!("{HELP}");
+        say!("{HELP}");
     }
     let mut messages = beginning(args);
     let _trace = trace::begin(&llm, "chat", args.engine.quiet)?;
@@ -49,15 +49,15 @@ pub fn run(args: &RunArgs) -> Outcome {
             Input::Nothing => {}
             Input::Exit => return Ok(()),
             Input::Reset => messages = beginning(args),
-            Input::Help => eprintln!("{HELP}"),
-            Input::Unknown(command) => eprintln!("unknown command {command}; {HELP}"),
+            Input::Help => say!("{HELP}"),
+            Input::Unknown(command) => say!("unknown command {command}; {HELP}"),
             Input::Say(text) => {
                 messages.push(ChatMessage::new("user", text));
                 match turn(&llm, args, &messages) {
                     Ok(answer) => messages.push(ChatMessage::new("assistant", answer)),
                     // The conversation can go on without this question.
                     Err(Exit::User(message)) => {
-                        eprintln!("error: {message}");
+                        say!("error: {message}");
                         messages.pop();
                     }
                     Err(exit) => return Err(exit),

@@ -2,6 +2,15 @@
 
 use std::process::ExitCode;
 
+/// Says a line on standard error. `eprintln!` would panic where nobody reads it any more.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($words)*);
+    }};
+}
+pub(crate) use say;
+
 /// Why the command ends other than well.
 #[derive(Debug)]
 pub enum Exit {
@@ -26,11 +35,11 @@ impl Exit {
     pub fn report(self) -> ExitCode {
         match self {
             Self::User(message) => {
-                eprintln!("error: {message}");
+                say!("error: {message}");
                 ExitCode::from(2)
             }
             Self::Ours(message) => {
-                eprintln!("error: {message}");
+                say!("error: {message}");
                 ExitCode::from(1)
             }
             Self::BrokenPipe => ExitCode::SUCCESS,

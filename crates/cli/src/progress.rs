@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bitfast::{Activity, EngineArgs, LLM, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, say};
 
 /// A bar over `len` things that are called `unit`.
 pub fn bar(len: u64, unit: &str, quiet: bool) -> ProgressBar {
@@ -51,7 +51,7 @@ impl StartBar {
                 }
                 // A fetch is worth a line that stays; a load is over soon and happens every time.
                 if activity == Activity::Fetch && !self.quiet {
-                    eprintln!("fetching {what}");
+                    say!("fetching {what}");
                 }
                 let bar = ProgressBar::with_draw_target(total, target(self.quiet));
                 let template = "{msg}{bar:32} {bytes}/{total_bytes} {bytes_per_sec} [{elapsed} < {eta}]";
@@ -63,7 +63,7 @@ impl StartBar {
             }
             Progress::Note(note) => {
                 if !self.quiet {
-                    eprintln!("{note}");
+                    say!("{note}");
                 }
             }
             Progress::Bytes(bytes) => {
@@ -96,7 +96,7 @@ pub fn start(args: EngineArgs, quiet: bool) -> Outcome<LLM> {
             1 => String::new(),
             n => format!("{n} engines on "),
         };
-        eprintln!(
+        say!(
             "{} | class {}{law} | {} | {engines}{} | KV cache {} tokens in blocks of {} | {}",
             llm.model(),
             info.class.name(),

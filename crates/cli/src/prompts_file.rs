@@ -82,6 +82,9 @@ fn prompt(map: &mut Map<String, Value>) -> Result<Prompt, String> {
     })
 }
 
+/// How the line of an answer begins.
+const ANSWER_START: &[u8] = br#"{"request_id":"#;
+
 /// The file that answers are appended to, held by one process at a time.
 #[derive(Debug)]
 pub struct Answers {
@@ -91,16 +94,20 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Opens or creates it, cuts off a half-written last line and gathers what is answered already.
+    /// Opens or creates it, gathers what is answered already and cuts off a half-written answer at the end; a file that has anything
+    /// else in it stays as it is.
     pub fn open(path: &Path) -> Outcome<Self> {
         let at = |e: &dyn std::fmt::Display| Exit::User(format!("{}: {e}", path.display()));
+        // Before it is opened: that waits for the other end of a pipe.
+        if path.metadata().is_ok_and(|found| !found.is_file()) {
+            return Err(at(&"not a file; answers are read again to resume"));
+        }
         let mut options = OpenOptions::new();
         let mut file = options.read(true).append(true).create(true).open(path).map_err(|e| at(&e))?;
         file.try_lock().map_err(|_| at(&"another run is writing to it"))?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(|e| at(&e))?;
         let complete = text.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
-        file.set_len(complete as u64).and_then(|()| file.rewind()).map_err(|e| at(&e))?;
         let mut done = BTreeMap::new();
         for (index, line) in text[..complete].split(|b| *b == b'\n').enumerate() {
             if line.iter().all(u8::is_ascii_whitespace) {
@@ -111,6 +118,11 @@ impl Answers {
             })?;
             done.insert(entry.0, entry.1);
         }
+        let partial = &text[complete..];
+        if !partial.starts_with(&ANSWER_START[..ANSWER_START.len().min(partial.len())]) {
+            return Err(at(&"its last line is not an answer of bitfast"));
+        }
+        file.set_len(complete as u64).and_then(|()| file.rewind()).map_err(|e| at(&e))?;
         Ok(Self { file, path: path.to_path_buf(), done })
     }
 
@@ -226,5 +238,26 @@ mod tests {
         assert!(message(Answers::open(&path)).contains("p.jsonl:1: not an answer"));
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 2, "it is left alone");
         assert!(message(Answers::open(Path::new("/no/such/dir/x.jsonl"))).contains("/no/such/dir/x.jsonl"));
+    }
+
+    #[test]
+    fn a_file_of_something_else_stays_as_it_is() {
+        let (dir, path) = file("");
+        for text in
+            ["notes, in one line", "{\"prompt\": \"a\"}\n{\"prompt\": \"b\"}", "{\"request\": 1}", "\u{0}"]
+        {
+            std::fs::write(&path, text).unwrap();
+            assert!(message(Answers::open(&path)).contains("not an answer of bitfast"));
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+        // What an answer may begin with goes.
+        for text in ["", "{", "{\"request_id\":\"1\",\"pro"] {
+            std::fs::write(&path, text).unwrap();
+            assert!(Answers::open(&path).unwrap().done().is_empty());
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+        }
+        assert!(message(Answers::open(dir.path())).contains("not a file"));
+        #[cfg(unix)]
+        assert!(message(Answers::open(Path::new("/dev/null"))).contains("not a file"));
     }
 }

@@ -6,7 +6,7 @@ use bitfast::{EngineArgs, LLM};
 use bitfast_server::{ServeError, Server, ServerConfig, Stop};
 use clap::Args;
 
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, say};
 use crate::flags::EngineFlags;
 use crate::{interrupt, progress};
 
@@ -98,7 +98,7 @@ pub fn serve(args: &ServeArgs) -> Outcome {
     let llm = progress::start(engine_args(args)?, args.engine.quiet)?;
     let config = server_config(args, &llm);
     let server = Server::bind(llm, config, &args.http.host, args.http.port)?;
-    eprintln!("listening on http://{}", server.address()?);
+    say!("listening on http://{}", server.address()?);
     let stop = Stop::default();
     // The first Ctrl-C asks the server to stop, the second one ends the process.
     let asked = stop.clone();

@@ -2,7 +2,7 @@
 
 use bitfast::{Fleet, LLM};
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, say};
 
 /// A recording that ends when it is dropped.
 #[must_use = "dropping it ends the recording"]
@@ -24,9 +24,9 @@ pub fn begin(llm: &LLM, prefix: &str, quiet: bool) -> Outcome<Option<Trace>> {
 impl Drop for Trace {
     fn drop(&mut self) {
         match self.fleet.stop_profile() {
-            Ok(files) if !self.quiet => files.iter().for_each(|file| eprintln!("trace: {}", file.display())),
+            Ok(files) if !self.quiet => files.iter().for_each(|file| say!("trace: {}", file.display())),
             Ok(_) => {}
-            Err(error) => eprintln!("error: the trace is lost: {error}"),
+            Err(error) => say!("error: the trace is lost: {error}"),
         }
     }
 }

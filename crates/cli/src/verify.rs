@@ -8,7 +8,7 @@ use std::str::FromStr;
 use bitfast::{Class, EngineArgs, LoadFormat, Transcript, Verification, Verifier, VerifyOptions};
 use clap::Args;
 
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, say};
 use crate::flags::parse_class;
 use crate::progress::{self, StartBar};
 
@@ -96,7 +96,7 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     let mut start = StartBar::new(args.quiet);
     let mut verifier = Verifier::new(&engine_args, &transcripts, &mut |p| start.show(p))?;
     if !args.quiet {
-        eprintln!("{} | class {} | {}", args.model, verifier.class().name(), verifier.fingerprint());
+        say!("{} | class {} | {}", args.model, verifier.class().name(), verifier.fingerprint());
     }
     let options = VerifyOptions {
         positions: match args.positions {

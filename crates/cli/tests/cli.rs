@@ -386,6 +386,24 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    for json in [&[][..], &["--json"]] {
+        let mut child = bitfast(&["selfcheck", "--device", "cpu"])
+            .args(json)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), &output.stderr[..]), (Some(0), &b""[..]), "selfcheck {json:?}");
+    }
+    // Nobody reads what is said beside the answer: the answer is the same.
+    let talkative: Vec<&str> = args.iter().copied().filter(|arg| *arg != "-q").collect();
+    let mut child = bitfast(&talkative).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout), (Some(0), run_tiny(&args[1..4]).stdout));
 }
 
 /// Set `UPDATE_SNAPSHOTS=1` to accept changed help texts.

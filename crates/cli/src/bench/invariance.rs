@@ -8,7 +8,7 @@ use bitfast_bench::invariance::{Phase, PhaseAnswer, PhaseOrder, PhaseReport, Rep
 
 use super::flags::InvarianceArgs;
 use super::remote;
-use crate::exit::{Exit, INTERRUPTED, Outcome};
+use crate::exit::{Exit, INTERRUPTED, Outcome, say};
 use crate::interrupt;
 
 /// `bitfast bench batch-invariance`: code 1 where a mode cannot run, or where the law does not hold.
@@ -20,7 +20,7 @@ pub fn invariance(args: &InvarianceArgs) -> Outcome {
     let settings = settings(args)?;
     settings.check()?;
     if !args.quiet {
-        settings.lines().iter().for_each(|line| eprintln!("{line}"));
+        settings.lines().iter().for_each(|line| say!("{line}"));
     }
     let baseline = in_own_process(args, &settings, Phase::Baseline)?;
     let lawful = in_own_process(args, &settings, Phase::BatchInvariant)?;
@@ -71,7 +71,7 @@ fn choose<T: FromStr + Clone>(flag: &Option<T>, name: &str, default: T) -> Outco
 fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> Outcome<PhaseReport> {
     let failed = |what: String| Exit::Ours(format!("{}: {what}", phase.title()));
     if !args.quiet {
-        eprintln!("{}", phase.title());
+        say!("{}", phase.title());
     }
     let own = std::env::current_exe().map_err(|e| failed(e.to_string()))?;
     let mut command = Command::new(own);
@@ -111,7 +111,7 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
         PhaseAnswer::Refused(reason) => return Err(failed(format!("cannot run here: {reason}"))),
     };
     if !args.quiet {
-        eprintln!(
+        say!(
             "  init {:.2} s; trials avg {:.2} s, min {:.2} s, max {:.2} s; {} tokens, {:.1} tokens/s, {:.2} prompts/s",
             report.init_time,
             report.avg_time,
@@ -138,6 +138,5 @@ fn phase(quiet: bool) -> Outcome {
     let order: PhaseOrder =
         serde_json::from_str(&text).map_err(|e| Exit::Ours(format!("no order of a phase: {e}")))?;
     let answer = PhaseAnswer::from(run_phase(&order, &remote::Bar::new(quiet)));
-    println!("{}", serde_json::to_string(&answer).expect("plain data"));
-    Ok(())
+    Ok(writeln!(std::io::stdout(), "{}", serde_json::to_string(&answer).expect("plain data"))?)
 }

@@ -10,14 +10,14 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::flags::{OutputFlags, RemoteFlags};
-use crate::exit::{Exit, INTERRUPTED, Outcome};
+use crate::exit::{Exit, INTERRUPTED, Outcome, say};
 use crate::{interrupt, progress};
 
 impl From<Error> for Exit {
     fn from(error: Error) -> Self {
         match error {
             error if error.is_interrupt() => {
-                eprintln!("{error}");
+                say!("{error}");
                 Self::Reported(INTERRUPTED)
             }
             error if error.is_user_error() => Self::User(error.to_string()),
@@ -83,8 +83,8 @@ impl Observer for Bar {
             return;
         }
         self.with(|bar| match bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| say!("{line}")),
+            None => say!("{line}"),
         });
     }
 }

@@ -1,3 +1,5 @@
+use std::io::Write;
+
 use bitfast_bench::Cancel;
 use bitfast_bench::load::Arrivals;
 use bitfast_bench::serve::{Dataset, Goodput, Settings, Shown, compare, run};
@@ -9,8 +11,7 @@ use crate::exit::{Exit, Outcome};
 /// `bitfast bench serve`: code 1 when a request failed.
 pub fn serve(args: &ServeBenchArgs) -> Outcome {
     if let Some([a, b]) = args.compare.as_deref() {
-        println!("{}", compare(a, b)?);
-        return Ok(());
+        return Ok(writeln!(std::io::stdout(), "{}", compare(a, b)?)?);
     }
     remote::check_writable(&args.output)?;
     let random = matches!(args.dataset_name, DatasetFlag::Random | DatasetFlag::PrefixRepetition);
