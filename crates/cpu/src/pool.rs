@@ -55,7 +55,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the caller of [`Pool::run`] among them (so 1 starts none). `first_core` asks
+    /// A pool of `threads` threads, or as many as the system allows, the caller of [`Pool::run`] among them (so 1 starts none). `first_core` asks
     /// for one core per thread, from that allowed core on; a refusal, or too few cores, is ignored.
     pub fn new(threads: usize, first_core: Option<usize>) -> Self {
         let shared = Arc::new(Shared {
@@ -71,8 +71,9 @@ impl Pool {
         let cores = all_cores.get(first_core.unwrap_or(0)..).unwrap_or_default();
         // A thread without helpers has nothing to stay apart from.
         let core_of = |id: usize| (threads > 1 && cores.len() >= threads).then(|| cores[id]);
+        // Those that the system starts: fewer change no bit.
         let workers = (1..threads)
-            .map(|id| {
+            .map_while(|id| {
                 let shared = shared.clone();
                 let core = core_of(id);
                 std::thread::Builder::new()
@@ -83,7 +84,7 @@ impl Pool {
                         }
                         worker(&shared, id);
                     })
-                    .expect("the system starts a thread")
+                    .ok()
             })
             .collect();
         Self { caller_core: core_of(0), shared, workers, pinned_caller: None, all_cores }
