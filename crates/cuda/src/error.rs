@@ -12,6 +12,27 @@ pub enum CudaError {
         /// The function.
         symbol: &'static str,
     },
+    /// The driver or NVRTC is older than what Bitfast was written for.
+    #[error("{library} is of CUDA {major}.{minor}; 12.4 or newer is needed")]
+    TooOld {
+        /// Which library.
+        library: &'static str,
+        /// Its version.
+        major: i32,
+        /// Its version.
+        minor: i32,
+    },
+    /// The compiler's kernels are not for this driver.
+    #[error(
+        "NVRTC is of CUDA {compiler}, the driver of CUDA {driver}, which runs no kernels of a newer major version: update the driver, or name \
+         an NVRTC of CUDA {driver} in BITFAST_NVRTC"
+    )]
+    NewerCompiler {
+        /// NVRTC's major version.
+        compiler: i32,
+        /// The driver's.
+        driver: i32,
+    },
     /// There is a driver but no such device.
     #[error("no CUDA device {ordinal}: the driver sees {count}")]
     NoDevice {
@@ -65,8 +86,8 @@ pub enum CudaError {
         /// The compiler's words.
         log: String,
     },
-    /// The kernel cache could not be read or written.
-    #[error("kernel cache {path}: {source}")]
+    /// A compiled kernel could not be kept; it is compiled again at the next start.
+    #[error("compiled kernels are not kept: {path}: {source}")]
     Cache {
         /// The file.
         path: String,

@@ -12,7 +12,8 @@ use std::sync::{Mutex, PoisonError};
 
 use libloading::Library;
 
-use crate::driver::NvrtcApi;
+use crate::cache::Cache;
+use crate::driver::{Device, NvrtcApi, OLDEST};
 use crate::error::loader_words;
 use crate::{CudaError, Result};
 
@@ -67,7 +68,9 @@ impl KernelSource {
 pub struct Jit {
     nvrtc: NvrtcApi,
     version: (i32, i32),
-    cache: Option<PathBuf>,
+    cache: Option<Cache>,
+    /// The first failure to keep a cubin.
+    unkept: Mutex<Option<CudaError>>,
     /// Compiled ahead of use; never iterated.
     ready: Mutex<HashMap<KernelSource, Vec<u8>>>,
 }
@@ -83,7 +86,25 @@ impl Jit {
         let mut version = (0, 0);
         // SAFETY: writes two ints.
         unsafe { (nvrtc.version)(&raw mut version.0, &raw mut version.1) };
-        Ok(Self { nvrtc, version, cache, ready: Mutex::default() })
+        if version < OLDEST {
+            return Err(CudaError::TooOld { library: "NVRTC", major: version.0, minor: version.1 });
+        }
+        let cache = cache.map(Cache::new);
+        Ok(Self { nvrtc, version, cache, unkept: Mutex::default(), ready: Mutex::default() })
+    }
+
+    /// Refuses a device whose driver does not run this compiler's kernels.
+    ///
+    /// # Errors
+    /// [`CudaError::NewerCompiler`].
+    pub fn require_driver(&self, device: &Device) -> Result<()> {
+        let (compiler, driver) = (self.version.0, device.version().0);
+        if compiler > driver { Err(CudaError::NewerCompiler { compiler, driver }) } else { Ok(()) }
+    }
+
+    /// Why compiled kernels are not kept, if one could not be; told once.
+    pub fn unkept(&self) -> Option<CudaError> {
+        self.unkept.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// NVRTC's (major, minor).
@@ -121,7 +142,7 @@ impl Jit {
     /// The cubin of `source`: prepared, from the cache or compiled now.
     ///
     /// # Errors
-    /// A compile error (a bug) or a cache folder that cannot be written.
+    /// A compile error (a bug).
     pub fn cubin(&self, source: &KernelSource) -> Result<Vec<u8>> {
         let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).remove(source);
         ready.map_or_else(|| self.find(source), Ok)
@@ -129,20 +150,18 @@ impl Jit {
 
     fn find(&self, source: &KernelSource) -> Result<Vec<u8>> {
         let program = source.program();
-        let Some(dir) = &self.cache else { return Ok(self.compile(ARCH, source, &program, &[])?.0) };
-        let path = dir.join(format!("{}-{}.cubin", source.name, self.key(&program)));
-        if let Ok(bytes) = std::fs::read(&path) {
-            return Ok(bytes);
+        let compile = || self.compile(ARCH, source, &program, &[]).map(|(cubin, _)| cubin);
+        let Some(cache) = &self.cache else { return compile() };
+        let name = format!("{}-{}.cubin", source.name, self.key(&program));
+        if let Some(cubin) = cache.read(&name) {
+            return Ok(cubin);
         }
-        let (cubin, _) = self.compile(ARCH, source, &program, &[])?;
-        let failed = |source| CudaError::Cache { path: path.display().to_string(), source };
-        std::fs::create_dir_all(dir).map_err(failed)?;
-        // Whole or absent: a reader never sees half a file, and two writers write the same bytes.
-        static WRITES: AtomicUsize = AtomicUsize::new(0);
-        let write = WRITES.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_extension(format!("{}-{write}.tmp", std::process::id()));
-        std::fs::write(&temporary, &cubin).map_err(failed)?;
-        std::fs::rename(&temporary, &path).map_err(failed)?;
+        let cubin = compile()?;
+        if let Err(source) = cache.write(&name, &cubin) {
+            let path = cache.path(&name).display().to_string();
+            let mut unkept = self.unkept.lock().unwrap_or_else(PoisonError::into_inner);
+            unkept.get_or_insert(CudaError::Cache { path, source });
+        }
         Ok(cubin)
     }
 

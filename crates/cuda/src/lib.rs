@@ -9,6 +9,7 @@
 
 pub mod attention;
 mod backend;
+mod cache;
 pub mod catalogue;
 pub mod driver;
 mod error;

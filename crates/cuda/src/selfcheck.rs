@@ -45,6 +45,7 @@ impl Finding {
 /// # Errors
 /// The compiler's or the driver's; a difference is a finding, not an error.
 pub fn selfcheck(device: &Device, jit: &Jit, extent: Extent) -> Result<Vec<Finding>> {
+    jit.require_driver(device)?;
     let bench = Bench { device, jit, stream: device.stream()? };
     let kinds = Values::ALL.into_iter().filter(|v| extent == Extent::Full || v.is_short());
     let variants = variants(extent);

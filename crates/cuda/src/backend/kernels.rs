@@ -6,13 +6,13 @@ use std::hash::Hash;
 
 use bitfast_ops::NormDesc;
 
-use crate::Result;
 use crate::attention::{Attention, AttentionSpec, Tiling};
 use crate::driver::Device;
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{Linear, LinearSpec, Variant, plan};
 use crate::rows::{Gather, QkvPrep, QkvPrepSpec, RmsNorm, RowOp, SiluMul};
 use crate::sampler::Sampler;
+use crate::{CudaError, Result};
 
 /// What ops do with their kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +88,11 @@ impl Kernels {
     /// NVRTC's (major, minor).
     pub fn compiler(&self) -> (i32, i32) {
         self.jit.version()
+    }
+
+    /// Why compiled kernels are not kept, if one could not be; told once.
+    pub fn unkept(&self) -> Option<CudaError> {
+        self.jit.unkept()
     }
 
     /// Compiles what was collected, on `threads` threads.

@@ -124,12 +124,13 @@ impl CudaBackend {
     /// Opens the device and the compiler.
     ///
     /// # Errors
-    /// No driver, no such device, another architecture, no NVRTC; a card that fails the self-check; in the unconstrained mode, no
+    /// No driver, an old one, no such device, another architecture, no NVRTC or one that is not for the driver; a card that fails the self-check; in the unconstrained mode, no
     /// cuBLASLt.
     pub fn new(options: &CudaOptions) -> Result<Self, CudaError> {
         let device = Device::open(options.ordinal)?;
         let stream = device.stream()?;
         let jit = Jit::new(options.nvrtc.as_deref(), options.kernel_cache.clone())?;
+        jit.require_driver(&device)?;
         let orders = if options.batch_invariant {
             // Whoever promises bits looks first whether the card computes them.
             crate::selfcheck::require(&device, &jit)?;
@@ -161,6 +162,11 @@ impl CudaBackend {
             device,
             stream,
         })
+    }
+
+    /// Why compiled kernels are not kept, if one could not be; told once.
+    pub fn unkept_kernels(&self) -> Option<CudaError> {
+        self.kernels.unkept()
     }
 
     fn alloc(&self, what: &str, bytes: usize) -> Result<Buffer> {

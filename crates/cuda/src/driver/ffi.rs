@@ -84,6 +84,7 @@ api! {
     /// libcuda.
     DriverApi {
         init = "cuInit"(c_uint);
+        version = "cuDriverGetVersion"(*mut c_int);
         error_name = "cuGetErrorName"(CuResult, *mut *const c_char);
         error_string = "cuGetErrorString"(CuResult, *mut *const c_char);
         device_count = "cuDeviceGetCount"(*mut c_int);

@@ -32,6 +32,7 @@ struct Inner {
     context: Handle,
     ordinal: c_int,
     name: String,
+    version: (i32, i32),
     sms: usize,
 }
 
@@ -40,6 +41,9 @@ unsafe impl Send for Inner {}
 // SAFETY: as above.
 unsafe impl Sync for Inner {}
 
+/// The oldest CUDA whose driver and compiler are taken.
+pub(crate) const OLDEST: (i32, i32) = (12, 4);
+const NO_DEVICE: c_int = 100;
 const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
 const COMPUTE_CAPABILITY_MINOR: c_int = 76;
 const MULTIPROCESSOR_COUNT: c_int = 16;
@@ -56,16 +60,26 @@ impl Device {
         let api = DriverApi::new(library)
             .map_err(|symbol| CudaError::MissingSymbol { library: "the NVIDIA driver", symbol })?;
         let check = |call, code| check(&api, call, code);
-        let (mut count, mut device, mut context) = (0, 0, std::ptr::null_mut());
+        let (mut version, mut count, mut device, mut context) = (0, 0, 0, std::ptr::null_mut());
         // SAFETY: every pointer is to a live local of the type that the call writes.
-        unsafe {
-            check("cuInit", (api.init)(0))?;
+        let version = unsafe {
+            check("cuDriverGetVersion", (api.version)(&raw mut version))?;
+            let version = (version / 1000, version % 1000 / 10);
+            if version < OLDEST {
+                let (major, minor) = version;
+                return Err(CudaError::TooOld { library: "the NVIDIA driver", major, minor });
+            }
+            match (api.init)(0) {
+                NO_DEVICE => return Err(CudaError::NoDevice { ordinal, count: 0 }),
+                code => check("cuInit", code)?,
+            }
             check("cuDeviceGetCount", (api.device_count)(&raw mut count))?;
             if ordinal >= count as usize {
                 return Err(CudaError::NoDevice { ordinal, count: count as usize });
             }
             check("cuDeviceGet", (api.device_get)(&raw mut device, ordinal as c_int))?;
-        }
+            version
+        };
         let mut name = [0 as c_char; 128];
         // SAFETY: the buffer's length is passed along; the driver writes a terminated string.
         let name = unsafe {
@@ -85,7 +99,7 @@ impl Device {
         let sms = attribute(MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: writes one handle.
         check("cuDevicePrimaryCtxRetain", unsafe { (api.context_retain)(&raw mut context, device) })?;
-        let device = Self { inner: Arc::new(Inner { api, context, ordinal: device, name, sms }) };
+        let device = Self { inner: Arc::new(Inner { api, context, ordinal: device, name, version, sms }) };
         device.bind()?;
         Ok(device)
     }
@@ -93,6 +107,11 @@ impl Device {
     /// The device's name, e.g. "NVIDIA H100 80GB HBM3".
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// The (major, minor) of the CUDA that the driver is of.
+    pub fn version(&self) -> (i32, i32) {
+        self.inner.version
     }
 
     /// Number of multiprocessors.
