@@ -10,6 +10,7 @@ use bitfast_ops::{BackendError, KvLayout, LayerKv, Result, bf16};
 
 use crate::memory::Memory;
 use crate::micro::{B_TILE, CHUNK, TILE_N};
+use crate::qkv::MAX_HEAD;
 
 /// Keys per chunk of P V.
 pub(crate) const V_CHUNK: usize = 32;
@@ -26,6 +27,9 @@ impl HeadShape {
     fn of(layer: LayerKv, block_size: usize) -> Result<Self> {
         let unsupported = |op| Err(BackendError::Unsupported { backend: "cpu", op });
         match layer {
+            LayerKv::Gqa { head_dim, .. } if head_dim > MAX_HEAD => {
+                unsupported("attention with heads of more than 512 elements")
+            }
             LayerKv::Gqa { kv_heads, head_dim } => Ok(Self { kv_heads, head_dim, block_size }),
             LayerKv::Mla { .. } => unsupported("multi-head latent attention"),
             LayerKv::Delta { .. } => unsupported("gated delta rule"),

@@ -11,7 +11,7 @@ use crate::tensor::{Param, Tensor, TensorMut};
 use crate::workers::Workers;
 
 /// Largest head that is rotated without allocation.
-const MAX_HEAD: usize = 512;
+pub(crate) const MAX_HEAD: usize = 512;
 
 /// See [`bitfast_ops::Backend::qkv_prep`].
 #[allow(clippy::too_many_arguments)]

@@ -176,8 +176,12 @@ impl<R: Runner> Engine<R> {
             inbox.thread = Thread::Ended;
             shared.announce(inbox);
         };
-        std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(life)?;
-        Ok(handle)
+        let started = std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(life);
+        if started.is_err() {
+            // The engine is gone already; who drops the handle need not wait for it.
+            handle.shared().inbox().thread = Thread::None;
+        }
+        started.map(|_| handle).map_err(EngineError::Thread)
     }
 
     /// Steps until the engine ends; waits while there is nothing to do.

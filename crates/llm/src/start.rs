@@ -8,10 +8,10 @@ use std::sync::Arc;
 use bitfast_cpu::{CpuBackend, CpuOptions, Isa};
 use bitfast_cuda::{CudaBackend, CudaError, CudaOptions};
 use bitfast_engine::{
-    Clock, Engine, EngineConfig, ModelRunner, Policy, ProfileConfig, SystemClock, WeightStore,
+    Clock, Engine, EngineConfig, ModelRunner, Policy, ProfileConfig, RunnerError, SystemClock, WeightStore,
 };
-use bitfast_model::{LoadOptions, Loaded, ModelConfig};
-use bitfast_ops::{Backend, Class};
+use bitfast_model::{LoadError, LoadOptions, Loaded, ModelConfig};
+use bitfast_ops::{Backend, BackendError, Class};
 
 use crate::args::{Device, EngineArgs, KvCacheMemory, SchedulingPolicy, StepLimits};
 use crate::error::{Error, Result};
@@ -38,6 +38,15 @@ pub(crate) enum Target {
     Cuda(Box<CudaBackend>),
 }
 
+impl Target {
+    fn cuda(gpu: CudaBackend, on_progress: OnProgress<'_>) -> Self {
+        if let Some(why) = gpu.unkept_kernels() {
+            on_progress(Progress::Note(why.to_string()));
+        }
+        Self::Cuda(Box::new(gpu))
+    }
+}
+
 /// Opens the device that was asked for, before anything is fetched.
 pub(crate) fn device(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<Target> {
     let isa = isa(args)?;
@@ -47,7 +56,7 @@ pub(crate) fn device(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<T
         Device::Auto if args.numerics == Some(Class::Portable) => Ok(Target::Cpu(isa)),
         Device::Auto if args.data_parallel_size > 1 || args.cpu_isa.is_some() => Ok(Target::Cpu(isa)),
         Device::Auto => match cuda(args, 0) {
-            Ok(gpu) => Ok(Target::Cuda(Box::new(gpu))),
+            Ok(gpu) => Ok(Target::cuda(gpu, on_progress)),
             // A baseline on another device than the law's would tell nothing.
             Err(e @ CudaError::NoCublasLt(_)) => Err(Error::invalid("batch_invariant", e.to_string())),
             Err(CudaError::NoDriver(_) | CudaError::NoDevice { .. }) => Ok(Target::Cpu(isa)),
@@ -68,7 +77,7 @@ pub(crate) fn device(args: &EngineArgs, on_progress: OnProgress<'_>) -> Result<T
                 e @ CudaError::NoCublasLt(_) => Error::invalid("batch_invariant", e.to_string()),
                 e => Error::invalid("device", e.to_string()),
             })?;
-            Ok(Target::Cuda(Box::new(gpu)))
+            Ok(Target::cuda(gpu, on_progress))
         }
     }
 }
@@ -290,11 +299,7 @@ fn on_backends<B: Backend>(
     let mut on_tensor = |done: bitfast_model::Progress| on_progress(Progress::Bytes(done.bytes));
     let loaded = bitfast_model::load(first, &opened.config, &*opened.weights, &options, &mut on_tensor);
     on_progress(Progress::Done);
-    let loaded = loaded.map_err(|e| match e {
-        bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
-        bitfast_model::LoadError::Option { option, .. } => Error::invalid(option, e.to_string()),
-        e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
-    })?;
+    let loaded = loaded.map_err(|e| load_error(&args.model, e))?;
     let config = engine_config(args, &plan, threads, eos);
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let reopen = opened.reopen;
@@ -306,13 +311,12 @@ fn on_backends<B: Backend>(
     let store = WeightStore::new(&shared, (weights_digest, config_digest), options, reopen);
     let store = Arc::new(store);
     on_progress(Progress::Start { activity: Activity::Prepare, what: what(), total: None });
-    let device = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
     let handles = backends.into_iter().enumerate().map(|(rank, backend)| {
-        let model = Arc::clone(&shared).model(&backend).map_err(|e| device(&e))?;
+        let model = Arc::clone(&shared).model(&backend).map_err(|e| backend_error(&args.model, &e))?;
         let num_blocks = plan.num_blocks(&backend, memory, args)?;
         let loaded = Loaded { model, weights_digest, config_digest };
         let runner = ModelRunner::new(backend, loaded, plan.block_size, num_blocks)
-            .map_err(|e| device(&e))?
+            .map_err(|e| runner_error(&args.model, e))?
             .with_store(Arc::clone(&store));
         // Of equal seeds, each engine draws its own; the first one draws what a single engine would.
         let seed = config.seed.wrapping_add(rank as u64);
@@ -324,6 +328,33 @@ fn on_backends<B: Backend>(
     let handles = handles.collect::<Result<_>>();
     on_progress(Progress::Done);
     Ok(Fleet::new(handles?))
+}
+
+/// What a device lacks for a model is the model's: another one can be named.
+fn backend_error(model: &str, error: &BackendError) -> Error {
+    match error {
+        BackendError::Unsupported { .. } => {
+            Error::BadModel { name: model.to_owned(), message: error.to_string() }
+        }
+        BackendError::OutOfMemory { .. } | BackendError::Device { .. } => Error::Device(error.to_string()),
+    }
+}
+
+/// Why a model could not be loaded.
+pub(crate) fn load_error(model: &str, error: LoadError) -> Error {
+    match error {
+        LoadError::Backend(e) => backend_error(model, &e),
+        LoadError::Option { option, .. } => Error::invalid(option, error.to_string()),
+        e => Error::BadModel { name: model.to_owned(), message: e.to_string() },
+    }
+}
+
+/// Why a loaded model cannot run.
+pub(crate) fn runner_error(model: &str, error: RunnerError) -> Error {
+    match error {
+        RunnerError::Backend(e) => backend_error(model, &e),
+        e => Error::Device(e.to_string()),
+    }
 }
 
 fn engine_config(args: &EngineArgs, plan: &Plan, threads: usize, eos: Vec<u32>) -> EngineConfig {
@@ -343,7 +374,7 @@ fn engine_config(args: &EngineArgs, plan: &Plan, threads: usize, eos: Vec<u32>) 
         seed: args.seed.unwrap_or_else(|| random(0)),
         step_records: STEP_RECORDS,
         profile: ProfileConfig { directory: args.profile_dir.clone(), model: args.model.clone() },
-        mask_threads: threads.min(MASK_THREADS),
+        mask_threads: (threads / args.data_parallel_size).clamp(1, MASK_THREADS),
         ..EngineConfig::default()
     }
 }
@@ -392,14 +423,14 @@ fn kv_size(
     let blocks_in = |bytes: u64| usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX);
     let each = |bytes: u64| blocks_in(bytes / engines as u64);
     let blocks_for = |tokens: usize| tokens.div_ceil(engines).div_ceil(block_size);
-    let too_small = |message: String| Err(Error::invalid("kv_cache_memory", message));
+    let refused = |message: String| Err(Error::invalid("kv_cache_memory", message));
     let num_blocks = match (args.kv_cache_memory, room.memory) {
         (KvCacheMemory::Auto, Memory::Shared) => {
             (AUTO_KV_SEQS * wanted.div_ceil(block_size)).min(each(AUTO_KV_BYTES.min(room.free_bytes / 2)))
         }
         (KvCacheMemory::Auto, Memory::Own) => each(room.free_bytes),
         (KvCacheMemory::Bytes(bytes), Memory::Own) if bytes > room.free_bytes => {
-            return too_small(format!("{bytes} bytes are more than the {} that are left", room.free_bytes));
+            return refused(format!("{bytes} bytes are more than the {} that are left", room.free_bytes));
         }
         (KvCacheMemory::Bytes(bytes), _) => each(bytes),
         (KvCacheMemory::Tokens(tokens), Memory::Shared) => blocks_for(tokens),
@@ -407,15 +438,18 @@ fn kv_size(
     };
     if num_blocks == 0 {
         let blocks = if engines == 1 { "a block" } else { "a block in each engine" };
-        return too_small(format!(
+        return refused(format!(
             "{blocks} of {block_size} tokens needs {} bytes",
             block_bytes * engines as u64
         ));
     }
+    if (num_blocks as u64).checked_mul(block_bytes).is_none() {
+        return refused(format!("{num_blocks} blocks of {block_bytes} bytes are too many"));
+    }
     let tokens = num_blocks.saturating_mul(block_size);
     if args.max_model_len.is_some() && tokens < wanted {
-        let bytes = block_bytes * wanted.div_ceil(block_size) as u64;
-        return too_small(format!(
+        let bytes = block_bytes.saturating_mul(wanted.div_ceil(block_size) as u64);
+        return refused(format!(
             "the cache holds {tokens} tokens; max_model_len {wanted} needs {bytes} bytes"
         ));
     }

@@ -19,8 +19,8 @@ use bitfast_ops::{Backend, BatchInputs, BitMask, Class, RowChoice, RowSample, Sa
 use crate::args::EngineArgs;
 use crate::error::{Error, Result};
 use crate::fetch::{Activity, OnProgress, Progress};
-use crate::load;
 use crate::output::Sampling;
+use crate::{load, start};
 
 pub use report::{Difference, Mismatch, Verification};
 pub use transcript::{Recorded, RecordedSample, Transcript};
@@ -65,7 +65,7 @@ impl Verifier {
     pub fn new(args: &EngineArgs, transcripts: &[Transcript], on_progress: OnProgress<'_>) -> Result<Self> {
         args.validate()?;
         let class = common_class(args, transcripts)?;
-        let isa = crate::start::isa(args)?;
+        let isa = start::isa(args)?;
         let opened = load::find(args, &mut *on_progress)?;
         let longest = transcripts.iter().map(Transcript::longest).max().unwrap_or(1).max(1);
         let limit = opened.config.max_position_embeddings;
@@ -93,12 +93,9 @@ impl Verifier {
         let loaded =
             bitfast_model::load(&backend, &opened.config, &*opened.weights, &options, &mut on_tensor);
         on_progress(Progress::Done);
-        let loaded = loaded.map_err(|e| match e {
-            bitfast_model::LoadError::Backend(e) => Error::Device(e.to_string()),
-            e => Error::BadModel { name: args.model.clone(), message: e.to_string() },
-        })?;
+        let loaded = loaded.map_err(|e| start::load_error(&args.model, e))?;
         let runner = ModelRunner::new(backend, loaded, block_size, longest.div_ceil(block_size));
-        let runner = Box::new(runner.map_err(|e| Error::Device(e.to_string()))?);
+        let runner = Box::new(runner.map_err(|e| start::runner_error(&args.model, e))?);
         let info = runner.info();
         Ok(Self {
             runner,
