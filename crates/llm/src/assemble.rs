@@ -121,6 +121,8 @@ impl Assembler {
             }
             Event::Token { index, token, logprobs } => Ok(self.token(index, token, logprobs)),
             Event::Finished { index, reason, stop_token } => Ok(self.finished(index, reason, stop_token)),
+            // All samples ended by stop strings, which the engine does not know of: what it ran into after that is nobody's.
+            Event::Failed(_) if self.has_ended() => Ok(Step::Done),
             Event::Failed(Failure::Request(message)) => Err(Error::invalid(self.constrained_by(), message)),
             Event::Failed(Failure::Engine(message)) => Err(Error::Engine(message)),
             Event::Done(metrics) => {
@@ -133,9 +135,12 @@ impl Assembler {
     /// True when every sample has ended, some by a stop string, which the engine does not know of: abort the
     /// request, or it goes on for nothing.
     pub fn can_abort(&self) -> bool {
-        let outputs = &self.output.outputs;
-        outputs.iter().all(|o| o.finish_reason.is_some())
-            && outputs.iter().any(|o| matches!(o.stop_reason, Some(StopReason::Text(_))))
+        let by_text = |o: &CompletionOutput| matches!(o.stop_reason, Some(StopReason::Text(_)));
+        self.has_ended() && self.output.outputs.iter().any(by_text)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.output.outputs.iter().all(|o| o.finish_reason.is_some())
     }
 
     /// What has been gathered so far; complete after [`Step::Done`].
@@ -327,16 +332,16 @@ mod tests {
 
     #[test]
     fn a_failure_is_an_error_and_a_stop_token_is_the_reason() {
-        let mut a = assembler(SamplingParams { stop_token_ids: vec![9], ..Default::default() }, &[0]);
+        let params = SamplingParams { n: 2, stop_token_ids: vec![9], ..Default::default() };
+        let mut a = assembler(params, &[0]);
         a.push(Event::Token { index: 0, token: 9, logprobs: None }).unwrap();
         a.push(end(0, engine::FinishReason::Stop, Some(9))).unwrap();
         assert_eq!(a.output().outputs[0].stop_reason, Some(StopReason::Token(9)));
-        assert!(
-            a.push(Event::Failed(Failure::Engine("broken".into())))
-                .unwrap_err()
-                .to_string()
-                .contains("broken")
-        );
+        let failed = || Event::Failed(Failure::Engine("broken".into()));
+        assert!(a.push(failed()).unwrap_err().to_string().contains("broken"));
+        // Behind the end of all samples it takes nothing back.
+        a.push(end(1, engine::FinishReason::Length, None)).unwrap();
+        assert_eq!(a.push(failed()).unwrap(), Step::Done);
     }
 
     #[test]

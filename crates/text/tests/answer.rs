@@ -142,6 +142,14 @@ fn malformed_calls_are_text() {
     for text in deepseek {
         assert_eq!(whole(ToolFormat::DeepSeekV31, text), answer("", text, &[]));
     }
+    // Space without end is no fence.
+    let spaces = " ".repeat(70);
+    let fenced = format!(
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n{spaces}```json\n{{}}\n```<｜tool▁call▁end｜>"
+    );
+    assert_eq!(whole(ToolFormat::DeepSeekV3, &fenced), answer("", &fenced, &[]));
+    let short = fenced.replace(&spaces, "  ");
+    assert_eq!(whole(ToolFormat::DeepSeekV3, &short), answer("", "", &[("f", "{}")]));
     // The name was said: what is wrong after it is text, and a later call is one again.
     let late = "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": ?}}</tool_call> \
                 <tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>";

@@ -17,6 +17,8 @@ const FENCE: &str = "```json";
 
 /// A longer name is none.
 const MAX_NAME: usize = 256;
+/// A longer line is no fence, whatever space is around it.
+const MAX_LINE: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct DeepSeek {
@@ -103,7 +105,7 @@ impl DeepSeek {
             State::Fence { name, line } if c == '\n' && line.trim() == FENCE => {
                 self.state = State::Before(name)
             }
-            State::Fence { name, line } if FENCE.starts_with(line.trim()) => {
+            State::Fence { name, line } if line.len() < MAX_LINE && FENCE.starts_with(line.trim()) => {
                 self.state = State::Fence { name, line: line + c.encode_utf8(&mut [0; 4]) };
             }
             State::Name(_) | State::Fence { .. } => self.give_up(out),
