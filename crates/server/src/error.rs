@@ -129,7 +129,10 @@ impl ApiError {
     pub fn renamed(mut self, from: &str, to: &str) -> Self {
         if self.param.as_deref() == Some(from) {
             self.param = Some(to.to_owned());
-            self.message = self.message.replacen(from, to, 1);
+            // Only as the name of a parameter: a sentence may have the same word.
+            if let Some(rest) = self.message.strip_prefix(from).filter(|rest| rest.starts_with(':')) {
+                self.message = format!("{to}{rest}");
+            }
         }
         self
     }
@@ -214,5 +217,9 @@ mod tests {
         let renamed =
             ApiError::invalid("logprobs", "logprobs: at most 20").renamed("logprobs", "top_logprobs");
         assert_eq!(renamed.message, "top_logprobs: at most 20");
+        let long = from(bitfast_llm::Error::PromptTooLong { prompt_tokens: 9, max_model_len: 8 });
+        let renamed = long.renamed("prompt", "messages");
+        assert_eq!(renamed.param.as_deref(), Some("messages"));
+        assert!(renamed.message.ends_with("but the prompt has 9."), "{}", renamed.message);
     }
 }

@@ -129,16 +129,22 @@ impl Metrics {
         Self { engines: (0..engines).map(|_| engine()).collect(), recent: Recent::new() }
     }
 
-    /// The whole page.
-    pub fn render(&self, llm: &LLM, model: &str, in_flight: usize) -> String {
-        let fleet = llm.fleet();
-        for (metrics, engine) in self.engines.iter().zip(fleet.engines()) {
+    /// Takes in the steps since the last time. An engine keeps records of its last steps only: this has to be called
+    /// more often than it makes so many.
+    pub fn count_steps(&self, llm: &LLM) {
+        for (metrics, engine) in self.engines.iter().zip(llm.fleet().engines()) {
             let mut last = metrics.last_step.lock().unwrap_or_else(PoisonError::into_inner);
             for step in engine.step_stats(*last) {
                 metrics.iteration_tokens.observe(f64::from(step.prefill_tokens + step.decode_tokens));
                 *last = step.id;
             }
         }
+    }
+
+    /// The whole page.
+    pub fn render(&self, llm: &LLM, model: &str, in_flight: usize) -> String {
+        self.count_steps(llm);
+        let fleet = llm.fleet();
         let stats = fleet.rank_stats();
         let mut page = Page { text: String::new(), model };
         page.write_all(self, &stats, llm, in_flight).expect("writing to a string does not fail");

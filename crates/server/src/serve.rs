@@ -124,7 +124,7 @@ impl Server {
             tokio::select! {
                 () = &mut accepting => None,
                 () = stop.asked(1) => None,
-                reason = death(&state) => {
+                reason = watch(&state) => {
                     // Requests in flight learn of it by their own events; health checks still find us.
                     let _ = tokio::time::timeout(DEAD_GRACE, &mut accepting).await;
                     Some(reason)
@@ -197,9 +197,10 @@ fn set_up(stream: &TcpStream) {
     let _ = socket.set_tcp_user_timeout(Some(PEER_TIMEOUT));
 }
 
-/// Waits until an engine is dead; its reason.
-async fn death(state: &AppState) -> String {
+/// Waits until an engine is dead; its reason. Meanwhile steps are counted before engines forget them.
+async fn watch(state: &AppState) -> String {
     loop {
+        state.metrics.count_steps(&state.llm);
         if let Health::Dead(reason) = state.llm.fleet().health() {
             return reason;
         }

@@ -88,9 +88,10 @@ fn a_pause_can_abort_what_is_live() {
     assert_eq!(s.post("/pause?mode=abort", &json!({})).ok()["status"], "paused");
     let aborted = read_reply(BufReader::new(live)).ok();
     assert_eq!(aborted["choices"][0]["finish_reason"], "abort");
-    // Still paused: what comes now waits.
+    // Still paused: what comes now waits, also beside a mistake.
     let next = s.begin("POST", "/v1/completions", &[], body.as_bytes());
     eventually("the next one waits", || s.get("/debug/batch_info").ok()["num_waiting"] == 1);
+    assert_eq!(s.post("/sleep?mode=abort&level=7", &json!({})).refused(), (400, Some("level".into())));
     s.post("/resume", &json!({})).ok();
     assert_eq!(read_reply(BufReader::new(next)).ok()["choices"][0]["finish_reason"], "length");
 }
@@ -208,6 +209,19 @@ fn metrics_count_what_happened() {
 }
 
 #[test]
+fn no_step_is_missed_however_seldom_somebody_asks() {
+    let levers = Levers { step: Duration::from_millis(1), ..Levers::default() };
+    let config = EngineConfig { step_records: 600, ..EngineConfig::default() };
+    let server = Running::start(fake(&levers, config), |_| ());
+    let s = server.client;
+    let body = json!({ "prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": true });
+    assert_eq!(s.post("/v1/completions", &body).ok()["usage"]["completion_tokens"], 1000);
+    let page = s.get("/metrics").text();
+    let count = "vllm:iteration_tokens_total_count{model_name=\"fake\",engine=\"0\"} 1000\n";
+    assert!(page.contains(count), "{page}");
+}
+
+#[test]
 fn a_rank_can_be_chosen_and_moves_no_bit() {
     let server = Running::start(tiny(|args| args.data_parallel_size = 2), |_| ());
     let s = server.client;
@@ -267,6 +281,11 @@ fn traces_never_leave_their_folder() {
         let reply = s.post(&format!("/debug/profile/start?prefix={prefix}"), &json!({}));
         assert_eq!(reply.refused(), (400, Some("prefix".into())), "{prefix}");
     }
+    // A folder that the first recording will make.
+    let (later, folder) = (dir.path().join("later"), dir.path().join("later"));
+    let empty = Running::start(tiny(|_| ()), move |config| config.profile_dir = Some(folder));
+    let listed = empty.client.get("/debug/traces").ok();
+    assert_eq!(listed, json!({ "traces": [], "directory": later.display().to_string() }));
     let none = Running::start(tiny(|_| ()), |_| ());
     let listed = none.client.get("/debug/traces").ok();
     assert!(listed["traces"] == json!([]) && listed["error"].is_string(), "{listed}");

@@ -22,9 +22,10 @@ type Answer<T> = Result<Json<T>, ApiError>;
     responses((status = 200, body = Status), (status = 400, body = ErrorBody))
 )]
 pub(crate) async fn sleep(state: Shared, params: Params) -> Answer<Status> {
-    let level = params.get("level")?.unwrap_or(0);
+    let level = level(&params, SleepLevel::Pause)?;
     pause(&state, level).await?;
-    Ok(Json(Status { level: Some(level), ..Status::of("sleeping") }))
+    let number = u8::try_from(level.number()).ok();
+    Ok(Json(Status { level: number, ..Status::of("sleeping") }))
 }
 
 /// Schedule again.
@@ -84,7 +85,8 @@ pub(crate) async fn step_stats(state: Shared, params: Params) -> Answer<StepStat
 
 /// vLLM's `/sleep`: its default is level 1.
 pub(crate) async fn vllm_sleep(state: Shared, params: Params) -> Result<StatusCode, ApiError> {
-    let (mode, level) = (Mode::of(&params)?, params.get("level")?.unwrap_or(1));
+    // Both are read before anything is aborted.
+    let (mode, level) = (Mode::of(&params)?, level(&params, SleepLevel::OffloadWeights)?);
     mode.prepare(&state);
     pause(&state, level).await?;
     Ok(StatusCode::OK)
@@ -109,7 +111,7 @@ pub(crate) async fn is_paused(state: Shared) -> Json<Value> {
 /// vLLM's `/pause`.
 pub(crate) async fn vllm_pause(state: Shared, params: Params) -> Answer<Status> {
     Mode::of(&params)?.prepare(&state);
-    pause(&state, 0).await?;
+    pause(&state, SleepLevel::Pause).await?;
     Ok(Json(Status::of("paused")))
 }
 
@@ -170,14 +172,19 @@ impl Mode {
     }
 }
 
+/// How deep to sleep.
+fn level(params: &Params, default: SleepLevel) -> Result<SleepLevel, ApiError> {
+    match params.get::<u8>("level")? {
+        None => Ok(default),
+        Some(0) => Ok(SleepLevel::Pause),
+        Some(1) => Ok(SleepLevel::OffloadWeights),
+        Some(2) => Ok(SleepLevel::DropWeights),
+        Some(other) => Err(ApiError::invalid("level", format!("level: must be 0, 1 or 2, got {other}"))),
+    }
+}
+
 /// Deep sleep moves weights, and waits for the step in flight: not on a thread that serves.
-async fn pause(state: &Arc<AppState>, level: u8) -> Result<(), ApiError> {
-    let level = match level {
-        0 => SleepLevel::Pause,
-        1 => SleepLevel::OffloadWeights,
-        2 => SleepLevel::DropWeights,
-        _ => return Err(ApiError::invalid("level", format!("level: must be 0, 1 or 2, got {level}"))),
-    };
+async fn pause(state: &Arc<AppState>, level: SleepLevel) -> Result<(), ApiError> {
     let fleet = state.llm.fleet().clone();
     aside(move || fleet.pause(level)).await
 }
