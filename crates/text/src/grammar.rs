@@ -116,7 +116,7 @@ pub struct GrammarMatcher {
 impl GrammarCompiler {
     /// For the vocabulary of `tokenizer`.
     pub fn new(tokenizer: &Tokenizer) -> Result<Self, GrammarError> {
-        let env = vocabulary::environment(tokenizer);
+        let env = vocabulary::environment(tokenizer)?;
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices);
         let mut factory = factory.map_err(|error| invalid(&error))?;

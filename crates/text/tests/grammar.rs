@@ -191,6 +191,21 @@ fn a_token_that_is_not_allowed_is_a_fault_and_not_a_panic() {
 }
 
 #[test]
+fn hostile_vocabularies_leave_tokens_out_or_are_refused() {
+    let with = |more: &mut dyn Iterator<Item = String>| {
+        let tokens: Vec<String> = ["a", "b"].into_iter().map(str::to_owned).chain(more).collect();
+        let vocab = GgufVocab { model: "gpt2".into(), tokens, ..GgufVocab::default() };
+        let tokenizer = Tokenizer::from_gguf(vocab).unwrap();
+        (GrammarCompiler::new(&tokenizer), tokenizer.vocab_size())
+    };
+    let (compiler, vocab) = with(&mut [3, 1023, 1024, 4096].map(|n| "a".repeat(n)).into_iter());
+    let mut matcher = compiler.unwrap().compile(&Grammar::Regex("a*".into())).unwrap().matcher();
+    assert_eq!(allowed(&mut matcher, vocab).unwrap().0, [0, 2, 3]);
+    let (refused, _) = with(&mut (0..4300).map(|i| format!("{i:04}") + &"a".repeat(990)));
+    assert!(matches!(refused, Err(GrammarError::Invalid(message)) if message.contains("vocabulary")));
+}
+
+#[test]
 fn bad_and_hostile_grammars_are_refused() {
     let tokenizer = tokenizer();
     let compiler = GrammarCompiler::new(&tokenizer).unwrap();

@@ -1,20 +1,25 @@
 //! A tokenizer's vocabulary as the grammar engine sees it.
 
+use std::panic::catch_unwind;
 use std::sync::Arc;
 
 use llguidance::toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 
+use super::GrammarError;
 use crate::tokenizer::Tokenizer;
 
 /// The vocabulary of `tokenizer`, and one token more: the end of a text. Which of a model's tokens end a text is
-/// decided elsewhere, and per request.
-pub(super) fn environment(tokenizer: &Tokenizer) -> TokEnv {
+/// decided elsewhere, and per request. Refuses more bytes than any model's vocabulary has.
+pub(super) fn environment(tokenizer: &Tokenizer) -> Result<TokEnv, GrammarError> {
     let size = tokenizer.vocab_size() as u32;
     let mut words: Vec<Vec<u8>> = (0..size).map(|id| word(tokenizer, id)).collect();
     words.push(special(b"<end of text>"));
-    let trie = TokTrie::from(&TokRxInfo::new(size + 1, size), &words);
+    // It asserts that its some 4 million nodes are enough.
+    let trie = catch_unwind(|| TokTrie::from(&TokRxInfo::new(size + 1, size), &words));
+    let trie =
+        trie.map_err(|_| GrammarError::Invalid("the model's vocabulary is too large for grammars".into()))?;
     let canonical = encodes_verbatim(tokenizer);
-    Arc::new(Vocabulary { tokenizer: tokenizer.clone(), trie, canonical })
+    Ok(Arc::new(Vocabulary { tokenizer: tokenizer.clone(), trie, canonical }))
 }
 
 /// Texts that a grammar forces are given in the tokens into which the model's tokenizer cuts them: models answer
@@ -43,8 +48,11 @@ impl TokenizerEnv for Vocabulary {
     }
 }
 
+/// Longest token that the trie has room for, besides a mark. No grammar allows longer ones.
+const MAX_TOKEN_BYTES: usize = 1023;
+
 fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
-    let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+    let bytes = tokenizer.token_bytes(id).filter(|bytes| bytes.len() <= MAX_TOKEN_BYTES).unwrap_or_default();
     if tokenizer.is_special(id) { special(bytes) } else { bytes.to_vec() }
 }
 
