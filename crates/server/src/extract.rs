@@ -41,6 +41,11 @@ impl<S: Sync> FromRequest<S> for JsonBody {
 }
 
 impl JsonBody {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Reads the body as a `T`; the error names the field. Several views of one body are read one by one, so
     /// that the shared fields of the routes are one type and errors still have a path.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, ApiError> {

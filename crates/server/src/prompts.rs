@@ -4,16 +4,49 @@ use std::sync::Arc;
 
 use axum::http::HeaderMap;
 use bitfast_llm::{ChatMessage, RenderOptions, SpecialTokens};
+use tokio::sync::Semaphore;
 
 use crate::api::completions::PromptForm;
 use crate::error::{ApiError, ErrorKind};
+use crate::extract::MAX_BODY_BYTES;
 use crate::state::AppState;
 
 /// The header that names the engine to answer.
 const RANK_HEADER: &str = "x-data-parallel-rank";
 
-/// Texts longer than this are encoded where they stall no other request.
+/// Longer texts are encoded where they stall no other request.
 const LONG_TEXT_BYTES: usize = 16 << 10;
+/// Shares of so many bytes that are worked on at a time, over all requests: as much as the largest body.
+const SHARES: usize = MAX_BODY_BYTES / LONG_TEXT_BYTES;
+
+/// Where long texts are encoded and decoded: on threads that may take their time, and no more of them at a time than
+/// memory is for, as a tokenizer takes two hundred bytes for each byte of a text. Who comes first is first.
+pub(crate) struct Texts(Arc<Semaphore>);
+
+impl Default for Texts {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(SHARES)))
+    }
+}
+
+impl Texts {
+    /// Runs `work` on `bytes` of text.
+    pub async fn work<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let shares = bytes.div_ceil(LONG_TEXT_BYTES).clamp(1, SHARES);
+        let shares = u32::try_from(shares).expect("bodies are limited");
+        let share = Arc::clone(&self.0).acquire_many_owned(shares).await.expect("it is never closed");
+        let done = tokio::task::spawn_blocking(move || {
+            // Also when the caller is gone meanwhile: the work is not.
+            let _share = share;
+            work()
+        });
+        done.await.unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "encoding the prompt failed")))
+    }
+}
 
 /// The data-parallel rank that the caller wants.
 pub(crate) fn rank(headers: &HeaderMap) -> Result<Option<usize>, ApiError> {
@@ -39,29 +72,34 @@ pub(crate) async fn encode(
         PromptForm::Texts(texts) => texts,
     };
     let bytes = texts.iter().map(String::len).sum();
-    aside(state, bytes, move |state| {
+    let work = move |state: &AppState| {
         texts.iter().map(|text| Ok(state.llm.encode_text(text, add_special)?)).collect()
-    })
-    .await
+    };
+    if bytes <= LONG_TEXT_BYTES {
+        return work(state);
+    }
+    let held = Arc::clone(state);
+    state.texts.work(bytes, move || work(&held)).await
 }
 
-/// Token ids and text of a conversation.
+/// Token ids and text of a conversation, which came in a body of so many bytes.
 pub(crate) async fn encode_chat(
     state: &Arc<AppState>,
+    bytes: usize,
     messages: Vec<ChatMessage>,
     options: RenderOptions,
     add_special: bool,
 ) -> Result<(Vec<u32>, String), ApiError> {
+    let held = Arc::clone(state);
     // Templates can be slow whatever the length: always aside.
-    aside(state, usize::MAX, move |state| {
+    let work = move || {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "messages: must not be empty"));
         }
-        let text = state.llm.render_chat(&messages, &options)?;
-        Ok((state.llm.encode_text(&text, add_special)?, text))
-    })
-    .await
-    .map_err(|error| error.renamed("prompt", "messages"))
+        let text = held.llm.render_chat(&messages, &options)?;
+        Ok((held.llm.encode_text(&text, add_special)?, text))
+    };
+    state.texts.work(bytes, work).await.map_err(|error| error.renamed("prompt", "messages"))
 }
 
 /// The text of token ids; empty without a tokenizer.
@@ -70,16 +108,39 @@ pub(crate) fn decode(state: &AppState, ids: &[u32], skip_special: bool) -> Strin
     state.llm.tokenizer().map(|tokenizer| tokenizer.decode(ids, special)).unwrap_or_default()
 }
 
-/// Runs `work` here, or when it reads many bytes on a thread that may take its time.
-async fn aside<T: Send + 'static>(
-    state: &Arc<AppState>,
-    bytes: usize,
-    work: impl FnOnce(&AppState) -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    if bytes <= LONG_TEXT_BYTES {
-        return work(state);
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Poll;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn all_texts_together_take_no_more_than_the_largest_one() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let texts = Texts::default();
+        let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let work = |bytes: usize| {
+            let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+            texts.work(bytes, move || {
+                most.fetch_max(now.fetch_add(bytes, Ordering::SeqCst) + bytes, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(2));
+                now.fetch_sub(bytes, Ordering::SeqCst);
+                Ok(())
+            })
+        };
+        runtime.block_on(async {
+            // Three halves and two wholes, of which the second is given up while it works.
+            let half = MAX_BODY_BYTES / 2;
+            let (a, b, c, d) = tokio::join!(work(half), work(half), work(MAX_BODY_BYTES), work(half));
+            assert!([a, b, c, d].iter().all(Result::is_ok));
+            let mut given_up = Box::pin(work(MAX_BODY_BYTES));
+            let begun = std::future::poll_fn(|context| Poll::Ready(given_up.as_mut().poll(context))).await;
+            assert!(begun.is_pending());
+            drop(given_up);
+            work(MAX_BODY_BYTES).await.unwrap();
+        });
+        assert_eq!(most.load(Ordering::SeqCst), MAX_BODY_BYTES);
     }
-    let state = Arc::clone(state);
-    let done = tokio::task::spawn_blocking(move || work(&state)).await;
-    done.unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "encoding the prompt failed")))
 }

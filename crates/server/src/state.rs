@@ -52,6 +52,7 @@ pub(crate) struct AppState {
     /// Hashes of the keys: comparing them takes the same time wherever keys differ.
     pub keys: Vec<blake3::Hash>,
     pub profiler: crate::profile::Profiler,
+    pub texts: crate::prompts::Texts,
     in_flight: AtomicUsize,
     stopping: AtomicBool,
     next_id: AtomicU64,
@@ -67,6 +68,7 @@ impl AppState {
             formats: Formats::of(&llm, &config)?,
             metrics: Metrics::new(llm.fleet().size()),
             profiler: crate::profile::Profiler::new(config.profile_dir.clone()),
+            texts: crate::prompts::Texts::default(),
             llm,
             config,
             started: unix_seconds(),

@@ -257,7 +257,6 @@ fn mistakes_name_their_param() {
         ("prompt", json!([[]])),
         ("prompt", json!({})),
         ("prompt", json!([99999999])),
-        ("prompt", json!([-1])),
         ("stream", json!("yes")),
         ("stream_options", json!({})),
         ("suffix", json!("x")),
@@ -267,6 +266,8 @@ fn mistakes_name_their_param() {
         refused("/v1/completions", completion(json!({ field: value })), field);
     }
     refused("/v1/completions", json!({ "max_tokens": 1 }), "prompt");
+    refused("/v1/completions", completion(json!({ "prompt": [-1] })), "prompt[0]");
+    refused("/v1/completions", completion(json!({ "prompt": [[1], [1, "x"]] })), "prompt[1][1]");
     refused("/v1/completions", completion(json!({ "logit_bias": { "x": 1 } })), "logit_bias");
     for (field, value) in [
         ("messages", json!([])),

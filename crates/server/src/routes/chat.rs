@@ -36,6 +36,7 @@ pub(crate) async fn chat(
 ) -> Result<Response, ApiError> {
     let common: CommonFields = body.read()?;
     let fields: ChatFields = body.read()?;
+    let bytes = body.len();
     drop(body);
     let form = ChatForm::new(&state, &common, &fields)?;
     let stream = common.stream()?;
@@ -47,7 +48,7 @@ pub(crate) async fn chat(
     let formats = &state.formats;
     let offer = Offer::new(&fields, formats)?;
     let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
-    let (prompt, text) = prompts::encode_chat(&state, messages, options, add_special).await?;
+    let (prompt, text) = prompts::encode_chat(&state, bytes, messages, options, add_special).await?;
     let thinking = formats.thinks.then(|| Thinking::after(&text));
     let demanded = offer.demand(formats, thinking);
     let asked = crate::structured::asked(&common)?;

@@ -41,6 +41,7 @@ pub(crate) async fn respond(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let mut request: ResponsesRequest = body.read()?;
+    let bytes = body.len();
     drop(body);
     refuse_unsupported(&request)?;
     let rank = prompts::rank(&headers)?;
@@ -55,7 +56,8 @@ pub(crate) async fn respond(
     let mut form = Form::new(&state, &request, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, None)?;
     let named = |error: ApiError| error.renamed("messages", "input").renamed("prompt", "input");
-    let (prompt, text) = prompts::encode_chat(&state, messages, options, false).await.map_err(named)?;
+    let encoded = prompts::encode_chat(&state, bytes, messages, options, false).await;
+    let (prompt, text) = encoded.map_err(named)?;
     let thinking = state.formats.thinks.then(|| Thinking::after(&text));
     form.reading = Reading { thinking, tools: None };
     let asked = structured::text_format(request.text.as_ref())?;

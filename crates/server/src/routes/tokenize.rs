@@ -24,6 +24,8 @@ pub(crate) async fn tokenize(
     body: JsonBody,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
     let request: TokenizeRequest = body.read()?;
+    let bytes = body.len();
+    drop(body);
     state.model_name(request.model.as_deref())?;
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => {
@@ -38,17 +40,19 @@ pub(crate) async fn tokenize(
                 request.tools,
             )?;
             let add_special = request.add_special_tokens.unwrap_or(false);
-            prompts::encode_chat(&state, messages, options, add_special).await?.0
+            prompts::encode_chat(&state, bytes, messages, options, add_special).await?.0
         }
         _ => return Err(ApiError::invalid("prompt", "prompt: give either prompt or messages")),
     };
-    let texts = || tokens.iter().map(|id| prompts::decode(&state, &[*id], false)).collect();
-    Ok(Json(TokenizeResponse {
-        count: tokens.len(),
-        max_model_len: state.llm.info().max_model_len,
-        token_strs: request.return_token_strs.unwrap_or(false).then(texts),
-        tokens,
-    }))
+    let max_model_len = state.llm.info().max_model_len;
+    let texts_too = request.return_token_strs.unwrap_or(false);
+    let held = Arc::clone(&state);
+    let answer = move || {
+        let texts = || tokens.iter().map(|id| prompts::decode(&held, &[*id], false)).collect();
+        let token_strs = texts_too.then(texts);
+        Ok(TokenizeResponse { count: tokens.len(), max_model_len, token_strs, tokens })
+    };
+    Ok(Json(if texts_too { state.texts.work(bytes, answer).await? } else { answer()? }))
 }
 
 /// Decode token ids.
@@ -61,6 +65,8 @@ pub(crate) async fn detokenize(
     body: JsonBody,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     let request: DetokenizeRequest = body.read()?;
+    let bytes = body.len();
+    drop(body);
     state.model_name(request.model.as_deref())?;
     if state.llm.tokenizer().is_none() {
         return Err(ApiError {
@@ -73,5 +79,7 @@ pub(crate) async fn detokenize(
         let message = format!("tokens: token id {id} is not in the vocabulary of {limit} tokens");
         return Err(ApiError::invalid("tokens", message));
     }
-    Ok(Json(DetokenizeResponse { prompt: prompts::decode(&state, &request.tokens, false) }))
+    let held = Arc::clone(&state);
+    let text = move || Ok(prompts::decode(&held, &request.tokens, false));
+    Ok(Json(DetokenizeResponse { prompt: state.texts.work(bytes, text).await? }))
 }
