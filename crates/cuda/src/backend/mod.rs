@@ -243,6 +243,13 @@ impl CudaBackend {
     }
 }
 
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Nothing is taken from under a step that failed half way. A device that fails here has failed whoever waited for the step.
+        let _ = self.device.bind().and_then(|()| self.stream.synchronize());
+    }
+}
+
 impl Backend for CudaBackend {
     type Weight = Weight;
     type Param = Param;

@@ -141,6 +141,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        self.device.bind_to_free();
         // SAFETY: allocated in `Device::pinned`.
         unsafe { (self.device.api().host_free)(self.ptr.cast()) };
     }
@@ -217,6 +218,7 @@ impl Buffer {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        self.device.bind_to_free();
         // SAFETY: allocated in `Device::alloc`; cuMemFree waits for work that uses it.
         unsafe { (self.device.api().mem_free)(self.ptr) };
     }

@@ -128,6 +128,12 @@ impl Device {
         self.check("cuCtxSetCurrent", unsafe { (self.api().context_set)(self.inner.context) })
     }
 
+    /// Makes the context current for giving something back, on whatever thread the last owner is: without one the driver would keep it.
+    fn bind_to_free(&self) {
+        // A device that fails here has lost all that it held.
+        let _ = self.bind();
+    }
+
     /// Free and total bytes of device memory.
     ///
     /// # Errors
@@ -288,6 +294,7 @@ impl Kernel {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
+        self.device.bind_to_free();
         // SAFETY: loaded in `Device::kernel`; the function is not used after this.
         unsafe { (self.device.api().module_unload)(self.module) };
     }

@@ -93,6 +93,14 @@ fn source(
     KernelSource { name, parts, defines, wgmma_n: None }
 }
 
+/// Rows of one launch whose rows are the grid's second extent, which ends there.
+const MOST_ROWS: usize = 65_535;
+
+/// `rows` rows in runs of [`MOST_ROWS`]: the first and the number of each.
+fn runs(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..rows).step_by(MOST_ROWS).map(move |first| (first, MOST_ROWS.min(rows - first)))
+}
+
 /// Launches unless the grid is empty.
 ///
 /// # Safety
@@ -116,4 +124,16 @@ unsafe fn launch(
 /// Panics unless `buffer` holds `bytes`.
 fn require(what: &str, buffer: &Buffer, bytes: usize) {
     assert!(buffer.len() >= bytes, "{what} holds {} bytes, {bytes} needed", buffer.len());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_all_rows_once() {
+        assert_eq!(runs(0).count(), 0);
+        assert_eq!(runs(65_535).collect::<Vec<_>>(), [(0, 65_535)]);
+        assert_eq!(runs(131_071).collect::<Vec<_>>(), [(0, 65_535), (65_535, 65_535), (131_070, 1)]);
+    }
 }

@@ -1,4 +1,4 @@
-use super::{RowOp, launch, require};
+use super::{RowOp, launch, require, runs};
 use crate::Result;
 use crate::driver::{Arg, Buffer, Device, Kernel, Overlap, Stream};
 use crate::jit::Jit;
@@ -32,8 +32,13 @@ impl SiluMul {
     ) -> Result<()> {
         require("x", x, rows * self.inner * 4);
         require("out", out, rows * self.inner * 2);
-        let args = [Arg::Ptr(x.ptr()), Arg::Ptr(out.ptr())];
-        // SAFETY: the kernel's signature; sizes were checked.
-        unsafe { launch(&self.kernel, stream, [self.inner.div_ceil(8 * 256), rows, 1], 256, overlap, &args) }
+        for (first, rows) in runs(rows) {
+            let [x, out] =
+                [(x, 4), (out, 2)].map(|(b, width)| Arg::Ptr(b.ptr() + (first * self.inner * width) as u64));
+            let grid = [self.inner.div_ceil(8 * 256), rows, 1];
+            // SAFETY: the kernel's signature; sizes were checked.
+            unsafe { launch(&self.kernel, stream, grid, 256, overlap, &[x, out])? };
+        }
+        Ok(())
     }
 }
