@@ -14,7 +14,7 @@ use crate::prepare::Prepared;
 use crate::profile::Recorder;
 use crate::request::{Event, Failure, FinishReason, splitmix64};
 use crate::runner::{RowObserver, Runner};
-use crate::shared::{Command, Life, Outbox, RequestKey, Shared, Submission, Thread};
+use crate::shared::{Command, EndOfThread, Life, Outbox, RequestKey, Shared, Submission, Thread};
 use crate::sleep::Wish;
 use crate::stats::{EngineStats, StepRecord};
 
@@ -171,10 +171,8 @@ impl<R: Runner> Engine<R> {
         shared.inbox().thread = Thread::Starting;
         let life = move || {
             shared.inbox().thread = Thread::Running(std::thread::current().id());
+            let _end = EndOfThread(shared);
             self.run();
-            let mut inbox = shared.inbox();
-            inbox.thread = Thread::Ended;
-            shared.announce(inbox);
         };
         let started = std::thread::Builder::new().name("bitfast-engine".to_owned()).spawn(life);
         if started.is_err() {
@@ -408,7 +406,8 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    /// Ends the engine: live and queued requests fail with `reason`, later ones are refused.
+    /// Ends the engine: live and queued requests fail with `reason`, later ones are refused. All are told, also when it is a
+    /// sink's panic that ends it.
     fn die(&mut self, reason: &str) {
         let commands = {
             let mut inbox = self.shared.inbox();
@@ -420,14 +419,16 @@ impl<R: Runner> Engine<R> {
             commands
         };
         let now = self.shared.clock.now();
+        let failure = || Failure::Engine(reason.to_owned());
         self.owners.clear();
         for live in std::mem::take(&mut self.requests).into_values() {
-            live.end(now, Some(Failure::Engine(reason.to_owned())));
+            let _ = catch_unwind(AssertUnwindSafe(|| live.end(now, Some(failure()))));
         }
-        self.tell();
+        // Every try tells an event, also when it panics.
+        while catch_unwind(AssertUnwindSafe(|| self.tell())).is_err() {}
         for command in commands {
             if let Command::Submit(mut submission) = command {
-                (submission.sink)(Event::Failed(Failure::Engine(reason.to_owned())));
+                let _ = catch_unwind(AssertUnwindSafe(|| (submission.sink)(Event::Failed(failure()))));
             }
         }
     }

@@ -17,19 +17,33 @@ pub type EventSink = Box<dyn FnMut(Event) + Send>;
 
 /// Events that are told later, in their order; see [`crate::Runner::runs_behind`].
 #[derive(Default)]
-pub(crate) struct Outbox(Mutex<Vec<(Arc<Mutex<EventSink>>, Event)>>);
+pub(crate) struct Outbox(Mutex<VecDeque<(Arc<Mutex<EventSink>>, Event)>>);
 
 impl Outbox {
     pub(crate) fn put(&self, sink: &Arc<Mutex<EventSink>>, event: Event) {
-        lock(&self.0).push((Arc::clone(sink), event));
+        lock(&self.0).push_back((Arc::clone(sink), event));
     }
 
-    /// Tells all of them.
+    /// Tells all of them. When a sink panics, those behind its event are there still.
     pub(crate) fn tell(&self) {
-        let events = std::mem::take(&mut *lock(&self.0));
-        for (sink, event) in events {
+        while let Some((sink, event)) = self.next() {
             lock(&sink)(event);
         }
+    }
+
+    fn next(&self) -> Option<(Arc<Mutex<EventSink>>, Event)> {
+        lock(&self.0).pop_front()
+    }
+}
+
+/// Says on every way out of the engine's thread that it has ended.
+pub(crate) struct EndOfThread(pub(crate) Arc<Shared>);
+
+impl Drop for EndOfThread {
+    fn drop(&mut self) {
+        let mut inbox = self.0.inbox();
+        inbox.thread = Thread::Ended;
+        self.0.announce(inbox);
     }
 }
 

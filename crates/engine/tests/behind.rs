@@ -109,3 +109,20 @@ fn an_engine_that_dies_has_told_everything_before() {
     assert_eq!(tokens(&events, 0), [2]);
     assert!(matches!(events.last(), Some(Event::Failed(_))), "{events:?}");
 }
+
+/// Events that wait behind the one that a sink panics at are told all the same.
+#[test]
+fn a_sink_that_panics_swallows_no_events_of_others() {
+    let engine = Engine::new(Behind(Log::default()), config(), Arc::new(VirtualClock::new())).unwrap();
+    let handle = engine.handle();
+    let bad = |event| assert!(matches!(event, Event::Started { .. }), "told to panic");
+    let _bad = handle.submit_with(request("bad", [1], max_tokens(9)), Box::new(bad)).unwrap();
+    // It is over in the step whose events the other one panics at.
+    let (sender, events) = std::sync::mpsc::channel();
+    let good = move |event| drop(sender.send(event));
+    let _good = handle.submit_with(request("good", [1], max_tokens(1)), Box::new(good)).unwrap();
+    engine.run();
+    let events: Vec<Event> = events.iter().collect();
+    assert_eq!(tokens(&events, 0), [2]);
+    assert!(matches!(events.last(), Some(Event::Done(_))), "{events:?}");
+}

@@ -65,6 +65,26 @@ fn a_failing_runner_fails_everything_with_the_reason() {
     }
 }
 
+/// A sink must not panic. One that does, and does so again when it is told of the end, ends the engine and nothing else.
+#[test]
+fn a_sink_that_panics_ends_the_engine_and_all_others_are_told() {
+    let handle = spawn();
+    handle.pause(SleepLevel::Pause).unwrap();
+    let bad = |event| assert!(matches!(event, Event::Started { .. }), "told to panic");
+    let _bad = handle.submit_with(request("bad", [1], max_tokens(9)), Box::new(bad)).unwrap();
+    // A sender of our own: a sink that is dropped untold would go unnoticed.
+    let (sender, events) = mpsc::channel();
+    let ours = sender.clone();
+    let good = move |event| drop(ours.send(event));
+    let _good = handle.submit_with(request("good", [1], max_tokens(9)), Box::new(good)).unwrap();
+    handle.resume().unwrap();
+    let last = std::iter::from_fn(|| events.recv_timeout(SOON).ok());
+    let failed = last.into_iter().find(|event| !matches!(event, Event::Started { .. } | Event::Token { .. }));
+    let Some(Event::Failed(Failure::Engine(message))) = failed else { panic!("{failed:?}") };
+    assert!(message.contains("told to panic"), "{message}");
+    assert!(handle.shutdown(Shutdown::Finish, SOON), "its thread has ended");
+}
+
 #[test]
 fn dropping_the_stream_aborts() {
     let (mut engine, handle) = engine(config());
