@@ -115,7 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
             const long m = m0 + token;
             if (m >= tokens || n >= N / 2) continue;
             const u32 at = stage0 + (token * PITCH + col / 8 * 16 + col % 8) * 4;
-            *(uint2*)((bf16*)y + m * (N / 2) + n) = silu_mul_quad(smem_load4(at), smem_load4(at + 32));
+            const float4 g = smem_load4(at), u = smem_load4(at + 32);
+            const u32 gate[2] = {pack_bf16(g.x, g.y), pack_bf16(g.z, g.w)}, up[2] = {pack_bf16(u.x, u.y), pack_bf16(u.z, u.w)};
+            u32 out[2];
+            silu_mul_pairs(gate, up, out);
+            *(uint2*)((bf16*)y + m * (N / 2) + n) = make_uint2(out[0], out[1]);
         }
         return;
     }

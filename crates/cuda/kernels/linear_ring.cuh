@@ -68,6 +68,16 @@ template <int S, int R0, int R1, int R2> struct Sums {
         else step<3, 2, false>();
     }
 
+    // acc holds the last leaf: four floats of the sum of all. Zero plus the only leaf is that leaf, as in join.
+    __device__ __forceinline__ float4 total(int i) const {
+        float4 v = make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+        if (LEVELS == 0 && LOGITS) v = add4(make_float4(0.f, 0.f, 0.f, 0.f), v);
+        if (LEVELS > 0) v = add4(level0.get(i), v);
+        if (LEVELS > 1) v = add4(level1.get(i), v);
+        if (LEVELS > 2) v = add4(level2.get(i), v);
+        return v;
+    }
+
 private:
     // Adds the sums of the first ADD levels to acc, or zero; the result goes to level TO - 1.
     template <int TO, int ADD, bool ZERO> __device__ __forceinline__ void step() {

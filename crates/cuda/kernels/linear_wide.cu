@@ -3,8 +3,9 @@
 //
 // A CTA computes tiles of 128 tokens x TB outputs. One warp feeds a ring of STAGES blocks of 64 k by TMA; two consumer
 // warpgroups own 64 tokens each. CLUSTER CTAs share a weight tile, of which each loads a part for all by multicast.
-// A tile's result leaves the accumulator when it is done; it is written piece by piece behind the blocks of the next
-// tile's first leaf, so that the tensor core never waits for it.
+// A tile's result leaves the accumulator when it is done, rounded to bf16 (logits as they are); it is written piece by piece
+// behind the blocks of the next tile's first leaf, so that the tensor core never waits for it. The last tile's goes all
+// at once, through the ring, which nobody needs any more.
 //
 // Leaves need running sums: a tree computed depth first keeps one set for each level, a fold keeps one. REGS0..2 of
 // each level's TB / 2 floats a thread stay in registers, the rest in shared memory. For 128 x 256 a fold fits, for
@@ -17,7 +18,8 @@
 #define LEAF_BLOCKS ((K + 64 * LEAVES - 1) / (64 * LEAVES))
 #define BLOCKS (LEAVES * LEAF_BLOCKS)
 #define ACC (TB / 2) // floats a thread
-#define SPILL (ACC - REGS0 + (LEVELS > 1 ? ACC - REGS1 : 0) + (LEVELS > 2 ? ACC - REGS2 : 0))
+// One leaf has no running sums; logits wait where those would be.
+#define SPILL (LEAVES == 1 && !LOGITS ? 0 : ACC - REGS0 + (LEVELS > 1 ? ACC - REGS1 : 0) + (LEVELS > 2 ? ACC - REGS2 : 0))
 // A warp's shared memory: 16 rows x OUT_COLS columns of bf16 output, and sums.
 #define AREA (OUT_COLS * 32 + SPILL * 128)
 static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
@@ -28,6 +30,8 @@ static_assert(!LOGITS || N % 2 == 0, "logits are written in pairs");
 static_assert(LOGITS || OUTPUTS % OUT_COLS == 0, "whole buffers");
 // What is written behind one block: 16 columns of the tile, of gates and ups 8 outputs.
 #define UNITS (TB / 16)
+#define UNITS_OF_BUFFER (OUT_COLS / (SILU ? 8 : 16))
+static_assert(OUTPUTS * 256 <= STAGES * STAGE_BYTES, "the last tile's output finds room in the ring");
 
 // Unrolled, a tree's levels are known at each leaf; a fold's loop keeps the accumulator in one block of registers.
 constexpr int LEAF_UNROLL = TREE && LEAVES > 2 ? LEAVES : 1;
@@ -40,45 +44,59 @@ __device__ __forceinline__ void release(u32 bar, int lane) {
     }
 }
 
-// Unit `unit` of a finished tile: bf16 through swizzled shared memory and TMA, which clips what is past the matrix; logits straight from registers.
-__device__ __forceinline__ void write_unit(int unit, const Level<ACC, REGS0>& tile, u32 area, const TensorMap* map, void* y, int tokens, int row0, int col0,
-                                           int lane) {
-    if (LOGITS) {
-        const int g = lane / 4, t = lane % 4;
+// What a finished tile leaves, in the order of the sums in registers.
+struct Pairs {
+    u32 pair[ACC / 2];
+    __device__ __forceinline__ void put(int i, float4 v) { pair[i / 2] = pack_bf16(v.x, v.y), pair[i / 2 + 1] = pack_bf16(v.z, v.w); }
+};
+#if LOGITS
+typedef Level<ACC, REGS0> Result;
+#else
+typedef Pairs Result;
+#endif
+
+// Units unit, unit + 1, .. of a finished tile: bf16 through swizzled shared memory and TMA, which clips what is past the matrix; logits straight
+// from registers. place: where the lane's row is in the buffer, lane 0's its start. REUSED: it holds earlier output.
+template <int COUNT, bool REUSED>
+__device__ __forceinline__ void write_units(int unit, const Result& result, u32 place, const TensorMap* map, void* y, int tokens, int row0, int col0,
+                                            int lane) {
+#if LOGITS
+    const int g = lane / 4, t = lane % 4, m = row0 + g;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float4 v = tile.get(unit * 8 + half * 4);
-            const int n = col0 + unit * 16 + half * 8 + 2 * t, m = row0 + g;
-            float* const at = (float*)y + (long)m * N + n;
-            if (n < N && m < tokens) *(float2*)at = make_float2(v.x, v.y);
-            if (n < N && m + 8 < tokens) *(float2*)(at + 8 * (long)N) = make_float2(v.z, v.w);
-        }
-        return;
+    for (int i = 2 * unit; i < 2 * (unit + COUNT); i++) {
+        const float4 v = result.get(i * 4);
+        const int n = col0 + i * 8 + 2 * t;
+        float* const at = (float*)y + (long)m * N + n;
+        if (n < N && m < tokens) *(float2*)at = make_float2(v.x, v.y);
+        if (n < N && m + 8 < tokens) *(float2*)(at + 8 * (long)N) = make_float2(v.z, v.w);
     }
-    constexpr int COLS = SILU ? 8 : 16, UNITS_OF_BUFFER = OUT_COLS / COLS;
-    const int of_buffer = unit % UNITS_OF_BUFFER, chunk = unit / UNITS_OF_BUFFER;
-    if (of_buffer == 0) {
+#else
+    if (REUSED && unit % UNITS_OF_BUFFER == 0) {
         if (lane == 0) bulk_wait_read<0>();
         __syncwarp();
     }
-    const int row = lane & 15, swizzle = OUT_COLS == 64 ? row & 7 : OUT_COLS == 32 ? (row >> 1) & 3 : (row >> 2) & 1;
-    auto at = [&](int eight) { return area + row * (OUT_COLS * 2) + ((eight ^ swizzle) << 4); };
-    const float4 u = tile.get(unit * 8), v = tile.get(unit * 8 + 4);
-    if (SILU) { // 8 columns of 8 rows, of the next 8 rows
-        const uint2 r = silu_mul_quad(u, v);
-        stmatrix2(at(of_buffer), r.x, r.y);
-    } else { // and of the next 8 columns
-        stmatrix4(at(2 * of_buffer + (lane >> 4)), pack_bf16(u.x, u.y), pack_bf16(u.z, u.w), pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+    const u32* const pair = result.pair + 4 * unit; // of each unit two eights of columns, of those 8 rows and the next 8
+#pragma unroll
+    for (int i = 0; i < (SILU ? 0 : COUNT); i++)
+        stmatrix4(place ^ (unit + i) % UNITS_OF_BUFFER << 5, pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+    if (SILU) {
+        u32 gate[2 * COUNT], up[2 * COUNT], out[2 * COUNT];
+#pragma unroll
+        for (int i = 0; i < 2 * COUNT; i++) gate[i] = pair[i / 2 * 4 + i % 2], up[i] = pair[i / 2 * 4 + 2 + i % 2];
+        silu_mul_pairs(gate, up, out);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) stmatrix2(place ^ (unit + i) % UNITS_OF_BUFFER << 4, out[2 * i], out[2 * i + 1]);
     }
-    if (of_buffer == UNITS_OF_BUFFER - 1) {
+    if ((unit + COUNT) % UNITS_OF_BUFFER == 0) {
         async_proxy_fence();
         __syncwarp();
         if (lane == 0) {
-            const int col = col0 + chunk * OUT_COLS;
-            if (col < (SILU ? N / 2 : N)) tma_store_2d(map, col, row0, area);
+            const int col = col0 + unit / UNITS_OF_BUFFER * OUT_COLS;
+            if (col < (SILU ? N / 2 : N)) tma_store_2d(map, col, row0, place);
             bulk_commit();
         }
     }
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1, 1)
@@ -144,6 +162,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1
         Ring ring = {0, 0};
         Sums<ACC, REGS0, REGS1, REGS2> sums;
         sums.place(area + OUT_COLS * 32, lane);
+        Result result;
+#if LOGITS
+        result.spill = sums.level0.spill; // the next tile's sums come there when this one's are written
+#endif
+        const int row = lane & 15, swizzle = OUT_COLS == 64 ? row & 7 : OUT_COLS == 32 ? row >> 1 & 3 : row >> 2 & 1;
+        u32 place = area + row * (OUT_COLS * 2) + ((SILU ? swizzle : swizzle ^ lane >> 4) << 4);
+        asm volatile("" : "+r"(place)); // is not worth computing anew for every piece
         u32 previous = 0; // the slot whose products are under way
         auto block = [&](bool fresh) {
             const u32 s = ring.slot;
@@ -180,7 +205,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1
             tile_at(tile, a_tiles, b_tiles, a, b);
             row0 = (a * CLUSTER + rank) * 128 + warp * 16, col0 = b * OUTPUTS;
         };
-        auto write = [&](int unit) { write_unit(unit, sums.level0, area, &map_y, y, tokens, row0, col0, lane); };
         for (int tile = first; tile < tiles; tile += step) {
             constexpr int STEPS = UNITS < LEAF_BLOCKS ? UNITS : LEAF_BLOCKS;
 #pragma unroll
@@ -188,25 +212,38 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1
                 block(kb == 0);
                 if (tile != first) {
 #pragma unroll
-                    for (int unit = kb * UNITS / STEPS; unit < (kb + 1) * UNITS / STEPS; unit++) write(unit);
+                    for (int unit = kb * UNITS / STEPS; unit < (kb + 1) * UNITS / STEPS; unit++)
+                        write_units<1, true>(unit, result, place, &map_y, y, tokens, row0, col0, lane);
                 }
                 if (kb > 0) retire();
                 advance();
             }
             rest_of_leaf(STEPS);
-            sums.join(0, LEAVES);
-#pragma unroll LEAF_UNROLL
-            for (int leaf = 1; leaf < LEAVES; leaf++) {
+            auto next_leaf = [&] {
                 block(true);
                 advance();
                 rest_of_leaf(1);
-                sums.join(leaf, LEAVES);
+            };
+            if (LEAVES > 1) {
+                sums.join(0, LEAVES);
+#pragma unroll LEAF_UNROLL
+                for (int leaf = 1; leaf < LEAVES - 1; leaf++) {
+                    next_leaf();
+                    sums.join(leaf, LEAVES);
+                }
+                next_leaf();
             }
+#pragma unroll
+            for (int i = 0; i < ACC; i += 4) result.put(i, sums.total(i));
             place_output(tile);
         }
-        if (first < tiles) {
+        if (first < tiles) { // the last tile has the ring to itself, once nobody multiplies from it
+            asm volatile("bar.sync 1, 256;" ::: "memory");
+            const u32 ring_from_area = stage0 - area;
+            constexpr int BUFFERS = LOGITS ? UNITS : OUTPUTS / OUT_COLS, COUNT = UNITS / BUFFERS;
 #pragma unroll
-            for (int unit = 0; unit < UNITS; unit++) write(unit);
+            for (int i = 0; i < BUFFERS; i++)
+                write_units<COUNT, false>(i * COUNT, result, place + ring_from_area + (warp * BUFFERS + i) * (OUT_COLS * 32), &map_y, y, tokens, row0, col0, lane);
         }
         if (lane == 0) bulk_wait<0>();
     }

@@ -80,34 +80,41 @@ __device__ __forceinline__ u32 silu_mul_pair(float g0, float u0, float g1, float
     return pack_bf16(silu_mul(lo_bf16(g), lo_bf16(u)), silu_mul(hi_bf16(g), hi_bf16(u)));
 }
 
-// g / d for ordinary numbers (2^-60 <= |g| < 2^60, 1 <= d < 2^60): the quotient of __fdiv_rn, by the steps that the compiler takes where its check
-// of the exponents passes.
-__device__ __forceinline__ float divide_ordinary(float g, float d) {
+// g / (1 + 2^t) for |g| < 80, by the steps that the compiler takes for __fdiv_rn where its check of the exponents passes. The remainder has the
+// other sign: so a zero keeps its own.
+__device__ __forceinline__ float silu_ordinary(float g) {
+    constexpr u32 C[7] = {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu};
+    u32 shift;
+    const float f = split_integer(__fmul_rn(-g, LOG2_E), shift);
+    const float d = __fadd_rn(1.f, __uint_as_float(__float_as_uint(horner(C, f)) + shift));
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
     r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.f), r);
     const float q = __fmul_rn(g, r);
-    return __fmaf_rn(r, __fmaf_rn(-d, q, g), q);
+    return __fmaf_rn(-r, __fmaf_rn(d, q, -g), q);
 }
-// Two silu_mul_pair side by side: one branch for four quotients, as each of __fdiv_rn's own ends what can overlap.
-__device__ __forceinline__ uint2 silu_mul_quad(float4 gate, float4 up) {
-    const u32 g2[2] = {pack_bf16(gate.x, gate.y), pack_bf16(gate.z, gate.w)}, u2[2] = {pack_bf16(up.x, up.y), pack_bf16(up.z, up.w)};
-    const float g[4] = {lo_bf16(g2[0]), hi_bf16(g2[0]), lo_bf16(g2[1]), hi_bf16(g2[1])};
-    const float u[4] = {lo_bf16(u2[0]), hi_bf16(u2[0]), lo_bf16(u2[1]), hi_bf16(u2[1])};
-    float d[4], q[4], least = INFINITE, most = 0.f; // a NaN does not count; its quotient is one in any case
+// COUNT silu_mul_pair side by side: one branch for all quotients, as each of __fdiv_rn's own ends what can overlap.
+template <int COUNT> __device__ __forceinline__ void silu_mul_pairs(const u32 (&gate)[COUNT], const u32 (&up)[COUNT], u32 (&out)[COUNT]) {
+    float q[2 * COUNT];
+    u32 large = 0; // the halves' highest bits: a factor is 80 and more, or no number
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        d[i] = __fadd_rn(1.f, exp2_full(__fmul_rn(-g[i], LOG2_E)));
-        q[i] = divide_ordinary(g[i], d[i]);
-        least = fminf(least, fabsf(g[i])), most = fmaxf(most, fmaxf(fabsf(g[i]), d[i]));
+    for (int i = 0; i < COUNT; i++) {
+        large |= (gate[i] & 0x7FFF7FFFu) + 0x10001u * (0x8000u - 0x42A0u);
+        q[2 * i] = silu_ordinary(lo_bf16(gate[i])), q[2 * i + 1] = silu_ordinary(hi_bf16(gate[i]));
     }
-    if (least < 0x1p-60f || most >= 0x1p60f) {
+    if (large & 0x80008000u) {
+#pragma unroll 1 // it is rare and its code long
+        for (int i = 0; i < 2 * COUNT; i++) {
+            u32 pair = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) q[i] = __fdiv_rn(g[i], d[i]);
+            for (int j = 0; j < COUNT; j++) pair |= gate[j] & -(u32)(i / 2 == j);
+            const float value = silu_mul(i & 1 ? hi_bf16(pair) : lo_bf16(pair), 1.f);
+#pragma unroll
+            for (int j = 0; j < 2 * COUNT; j++) q[j] = i == j ? value : q[j];
+        }
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) q[i] = __fmul_rn(q[i], u[i]);
-    return make_uint2(pack_bf16(q[0], q[1]), pack_bf16(q[2], q[3]));
+    for (int i = 0; i < COUNT; i++) out[i] = pack_bf16(__fmul_rn(q[2 * i], lo_bf16(up[i])), __fmul_rn(q[2 * i + 1], hi_bf16(up[i])));
 }
 
 // The larger one; a NaN in b does not count.

@@ -238,17 +238,18 @@ fn every_gate_equals_the_reference() {
     let first_of = |value: bf16| [&[value][..], &[bf16::ZERO; 7]].concat();
     let gates = (0..GATES).flat_map(|bits| first_of(bf16::from_bits(bits as u16)));
     let w: Vec<bf16> = gates.chain((0..GATES).flat_map(|_| first_of(bf16::ONE))).collect();
-    let x = [first_of(bf16::ONE), first_of(bf16::from_f32(-1.5))].concat();
+    // Of products with the third many round to zeros of both signs.
+    let x = [1.0, -1.5, f32::from_bits((127 - 16) << 23)].map(|x| first_of(bf16::from_f32(x))).concat();
     let sums = reference::linear(Class::Hopper, spec.order, &x, &w, spec.k);
     let halves = sums.chunks(spec.n).map(|row| row.split_at(GATES));
     let expected: Vec<bf16> = halves.flat_map(|(g, u)| reference::silu_mul(g, u)).collect();
-    let (x, w) = (gpu.upload_rows(&x, 2, spec.k), gpu.upload(&bytes(&w)));
-    for variant in variants(&spec, 2) {
-        let got = gpu.run(spec, variant, &x, &w, 2);
+    let (x, w) = (gpu.upload_rows(&x, 3, spec.k), gpu.upload(&bytes(&w)));
+    for variant in variants(&spec, 3) {
+        let got = gpu.run(spec, variant, &x, &w, 3);
         let got = got.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]));
         let same = |a: bf16, b: bf16| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
         let differing = got.zip(&expected).filter(|(a, b)| !same(*a, **b)).count();
-        assert_eq!(differing, 0, "{variant:?}: outputs of {} that differ", 2 * GATES);
+        assert_eq!(differing, 0, "{variant:?}: outputs of {} that differ", 3 * GATES);
     }
 }
 

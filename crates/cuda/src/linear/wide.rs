@@ -8,7 +8,7 @@ use crate::rows::MATH;
 pub struct Wide {
     /// Outputs of a tile: a multiple of 32, at most 256.
     pub tile: usize,
-    /// Ring slots of 64 k.
+    /// Ring slots of 64 k, at least two.
     pub stages: usize,
     /// Blocks of a cluster that share the weight tile by multicast.
     pub cluster: usize,
@@ -16,7 +16,7 @@ pub struct Wide {
     pub raster: usize,
     /// Columns of the 16 rows of output that a warp has on their way to memory: 16, 32 or 64, a divisor of the tile's outputs.
     pub out_cols: usize,
-    /// Floats a thread of each level of sums kept in registers, a multiple of 4; the first level also holds the result.
+    /// Floats a thread of each level of sums kept in registers, a multiple of 4; logits wait like the first level.
     pub regs: [usize; 3],
 }
 
@@ -52,7 +52,11 @@ impl Wide {
     }
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
-        let levels = levels(spec.order.leaves, spec.order.join).max(1);
+        // Logits wait in sums of their own even where one leaf needs none.
+        let levels = match (levels(spec.order.leaves, spec.order.join), spec.output) {
+            (0, Output::F32) => 1,
+            (levels, _) => levels,
+        };
         let spill: usize = self.regs[..levels].iter().map(|r| self.tile / 2 - r).sum();
         let area = self.out_cols * 32 + spill * 128;
         self.stages * (Self::TOKENS + self.tile) * 128 + 8 * area + 16 * self.stages
