@@ -204,13 +204,20 @@ impl Jit {
         let none = std::ptr::null();
         // SAFETY: terminated strings, live over the calls; sizes come from the compiler itself.
         unsafe {
-            (self.nvrtc.create)(&raw mut handle, text.as_ptr(), name.as_ptr(), 0, none, none);
+            let created = (self.nvrtc.create)(&raw mut handle, text.as_ptr(), name.as_ptr(), 0, none, none);
+            if created != 0 {
+                let log = format!("nvrtcCreateProgram: status {created}");
+                return Err(CudaError::Compile { kernel: source.label(), log });
+            }
             let status = (self.nvrtc.compile)(handle, options.len() as i32, options.as_ptr());
             let mut size = 0;
             (self.nvrtc.log_size)(handle, &raw mut size);
             let mut log = vec![0u8; size];
             (self.nvrtc.log)(handle, log.as_mut_ptr().cast());
-            let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
+            let mut log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
+            if status != 0 {
+                write!(log, "nvrtcCompileProgram: status {status}").expect("a String grows");
+            }
             let mut cubin = Vec::new();
             if status == 0 {
                 (self.nvrtc.cubin_size)(handle, &raw mut size);

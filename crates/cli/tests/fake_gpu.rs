@@ -1,0 +1,273 @@
+//! The command on a machine with a GPU, where there is none: `fake/cuda.c` stands in for driver, compiler and cuBLASLt. It computes nothing, so
+//! these tests are about all the rest: what is refused in which words, that every call keeps the driver's rules (it aborts where one does not), and
+//! that no call that fails is a hang, a panic, or a request without an end. All in the unconstrained mode, since it does not pass the self-check.
+
+#![cfg(target_os = "linux")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const MODEL: [&str; 8] = [
+    "--model",
+    "tiny-llama",
+    "--load-format",
+    "dummy",
+    "--skip-tokenizer-init",
+    "--device",
+    "cuda",
+    "--no-batch-invariant",
+];
+const SMALL: [&str; 6] =
+    ["--kv-cache-memory", "16MiB", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"];
+
+/// A folder with libraries under the names that the loader is asked for.
+struct Machine(tempfile::TempDir);
+
+impl Machine {
+    fn new() -> Self {
+        Self::with(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake/cuda.c"))
+    }
+
+    fn with(source: &Path) -> Self {
+        let machine = Self(tempfile::tempdir().unwrap());
+        let compiler = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-pthread", "-o"])
+            .arg(machine.library())
+            .arg(source)
+            .status();
+        assert!(compiler.expect("a C compiler").success());
+        machine
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn library(&self) -> PathBuf {
+        self.path("libcuda.so.1")
+    }
+
+    /// The command there; `fake` is explained in `fake/cuda.c`.
+    fn bitfast(&self, fake: &str, args: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", "60", env!("CARGO_BIN_EXE_bitfast")]).args(args);
+        for variable in bitfast::env::ALL.iter().flat_map(|v| v.names) {
+            command.env_remove(variable);
+        }
+        command.env("FAKE_CUDA", fake).env("LD_LIBRARY_PATH", self.0.path());
+        command.env("BITFAST_NVRTC", self.library()).env("BITFAST_CUBLASLT", self.library());
+        command.env("BITFAST_CACHE", self.path("cache")).env("RUST_BACKTRACE", "0");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Answers `prompts` prompts of four tokens with six tokens each, in `out.jsonl`.
+    fn answer(&self, fake: &str, prompts: usize, flags: &[&str]) -> Output {
+        let line = |i: usize| format!("{{\"prompt_token_ids\": [{}, 1, 2, 3]}}\n", i % 300);
+        std::fs::write(self.path("in.jsonl"), (0..prompts).map(line).collect::<String>()).unwrap();
+        let mut command = self.bitfast(fake, &["run", "--max-tokens", "6", "--prompts"]);
+        command.arg(self.path("in.jsonl")).arg("--output").arg(self.path("out.jsonl"));
+        command.args(MODEL).args(flags).output().unwrap()
+    }
+
+    /// The same from the start; the driver's calls fail as `fake` says, and that is what the command ends with.
+    fn fail(&self, fake: &str) -> String {
+        let _ = std::fs::remove_file(self.path("out.jsonl"));
+        let _ = std::fs::remove_dir_all(self.path("cache"));
+        let output = self.answer(fake, 12, &SMALL);
+        let said = said(&output);
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{fake}: {} {said}", output.status);
+        assert!(said.contains("error: ") && !said.contains("panicked"), "{fake}: {said}");
+        said
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Ended well, all lines answered.
+fn answered(machine: &Machine, output: &Output, prompts: usize) {
+    assert_eq!(output.status.code(), Some(0), "{}", said(output));
+    let answers = std::fs::read_to_string(machine.path("out.jsonl")).unwrap();
+    assert_eq!(answers.lines().filter(|l| l.contains("\"token_ids\":[7,7,7,7,7,7]")).count(), prompts);
+}
+
+#[test]
+fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
+    let machine = Machine::new();
+    std::fs::write(machine.path("none.c"), "int nothing;\n").unwrap();
+    let empty = Machine::with(&machine.path("none.c"));
+    let broken = Machine::new();
+    std::fs::write(broken.library(), "no library").unwrap();
+    let absent: &[(&str, &str)] = &[("BITFAST_NVRTC", "/no/such/libnvrtc.so.13")];
+    let other = empty.library().display().to_string();
+    let other: &[(&str, &str)] = &[("BITFAST_NVRTC", &other)];
+    let cases: &[(&Machine, &str, &str, &[(&str, &str)], &str)] = &[
+        (&broken, "", "cuda", &[], "no NVIDIA driver: "),
+        (&empty, "", "cuda", &[], "the NVIDIA driver is too old: it has no cuInit"),
+        (&machine, "driver=12020", "cuda", &[], "the NVIDIA driver is of CUDA 12.2; 12.4 or newer is needed"),
+        (&machine, "nvrtc=12030", "cuda", &[], "NVRTC is of CUDA 12.3; 12.4 or newer is needed"),
+        (&machine, "driver=12080", "cuda", &[], "NVRTC is of CUDA 13, the driver of CUDA 12"),
+        (&machine, "init=100", "cuda", &[], "no CUDA device 0: the driver sees 0"),
+        (&machine, "init=803", "cuda", &[], "cuInit failed: "),
+        (&machine, "devices=0", "cuda", &[], "no CUDA device 0: the driver sees 0"),
+        (&machine, "devices=2", "cuda:7", &[], "no CUDA device 7: the driver sees 2"),
+        (&machine, "cc=80", "cuda", &[], "Fake H100 has compute capability 8.0"),
+        (&machine, "cc=89", "cuda", &[], "Fake H100 has compute capability 8.9"),
+        (&machine, "cc=100", "cuda", &[], "Fake H100 has compute capability 10.0"),
+        (&machine, "", "cuda", absent, "NVRTC not found (/no/such/libnvrtc.so.13"),
+        (&machine, "", "cuda", other, "NVRTC is too old: it has no nvrtcVersion"),
+        (&machine, "", "cuda", &[], "does not compute what the hopper class is defined by"),
+    ];
+    for (machine, fake, device, env, message) in cases {
+        let run = |device: &str| {
+            let mut command = machine.bitfast(fake, &["run", "--max-tokens", "1", "--prompts"]);
+            std::fs::write(machine.path("in.jsonl"), "{\"prompt_token_ids\": [1]}\n").unwrap();
+            let _ = std::fs::remove_file(machine.path("out.jsonl"));
+            command.arg(machine.path("in.jsonl")).arg("--output").arg(machine.path("out.jsonl"));
+            command.args(&MODEL[..5]).args(["--device", device]).envs(env.iter().copied());
+            command.args(["--threads", "1"]).output().unwrap()
+        };
+        let output = run(device);
+        let words = said(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}: {words}");
+        assert!(words.contains(&format!("error: device: ")) && words.contains(message), "{message}: {words}");
+        if *device == "cuda" {
+            let output = run("auto");
+            let words = said(&output);
+            assert_eq!(output.status.code(), Some(0), "{message}: {words}");
+            assert!(words.contains("class portable"), "{words}");
+            let quiet = message.starts_with("no ");
+            assert_eq!(words.contains("the GPU is left alone: "), !quiet, "{message}: {words}");
+        }
+    }
+    let check = machine.bitfast("", &["selfcheck", "--device", "cuda"]).output().unwrap();
+    assert_eq!(check.status.code(), Some(1), "{}", said(&check));
+    assert!(String::from_utf8_lossy(&check.stdout).contains("DIFFER"));
+}
+
+#[test]
+fn every_call_keeps_the_drivers_rules() {
+    let machine = Machine::new();
+    for flags in [&[][..], &["--enforce-eager"], &["--max-num-seqs", "8", "--max-num-batched-tokens", "8"]] {
+        let _ = std::fs::remove_file(machine.path("out.jsonl"));
+        let output = machine.answer("", 30, &[&["--kv-cache-memory", "16MiB"], flags].concat());
+        answered(&machine, &output, 30);
+    }
+    // Nothing is left to do: what the start took is given back by a thread that never ran a step.
+    answered(&machine, &machine.answer("", 30, &SMALL), 30);
+    // More rows in one step than a grid's second extent has.
+    let _ = std::fs::remove_file(machine.path("out.jsonl"));
+    let many = [
+        "--kv-cache-memory",
+        "1GiB",
+        "--max-num-seqs",
+        "16500",
+        "--max-num-batched-tokens",
+        "66000",
+        "--enforce-eager",
+    ];
+    answered(&machine, &machine.answer("", 16_500, &many), 16_500);
+}
+
+#[test]
+fn damaged_kernel_files_are_made_anew() {
+    let machine = Machine::new();
+    answered(&machine, &machine.answer("", 2, &SMALL), 2);
+    let files = || {
+        let folder = std::fs::read_dir(machine.path("cache/kernels")).unwrap();
+        let mut files: Vec<_> =
+            folder.map(|f| f.unwrap().path()).map(|p| (p.clone(), std::fs::read(p).unwrap())).collect();
+        files.sort();
+        files
+    };
+    let whole = files();
+    assert!(whole.len() > 5, "{}", whole.len());
+    for (i, (path, bytes)) in whole.iter().enumerate() {
+        std::fs::write(path, &bytes[..[0, 5, bytes.len() - 1][i % 3]]).unwrap();
+    }
+    std::fs::remove_file(machine.path("out.jsonl")).unwrap();
+    answered(&machine, &machine.answer("", 2, &SMALL), 2);
+    assert_eq!(files(), whole);
+    // A file is where the folder should be.
+    std::fs::remove_dir_all(machine.path("cache")).unwrap();
+    std::fs::write(machine.path("cache"), "").unwrap();
+    std::fs::remove_file(machine.path("out.jsonl")).unwrap();
+    answered(&machine, &machine.answer("", 2, &SMALL), 2);
+}
+
+#[test]
+fn whatever_fails_is_named_at_the_end() {
+    let machine = Machine::new();
+    let output = machine.answer("count=1", 12, &SMALL);
+    answered(&machine, &output, 12);
+    let words = said(&output);
+    let counts = words.lines().find_map(|line| line.strip_prefix("calls ")).expect("counts");
+    let mut counts = counts.split(' ');
+    let all: usize = counts.next().unwrap().parse().unwrap();
+    // Of each call the first and the one in the middle; those that give back may fail unheard.
+    let calls: Vec<&str> = counts.collect();
+    for call in calls.chunks(2) {
+        let (name, count) = (call[0], call[1].parse::<usize>().unwrap());
+        let unheard =
+            ["Free", "Destroy", "Unload"].iter().any(|end| name.contains(end)) || name == "cuMemGetInfo";
+        for after in [1, count.div_ceil(2)].into_iter().filter(|_| !unheard) {
+            let words = machine.fail(&format!("after={after} fails=700 of={name}"));
+            // Kernels are compiled side by side: another one may be the first to say so.
+            let failed = format!("{name} failed: ");
+            let named = if name.starts_with("nvrtc") { "Program: status 700" } else { &failed };
+            assert!(words.contains(named), "{words}");
+        }
+    }
+    // A card that is lost at any moment.
+    for after in (1..all * 9 / 10).step_by(all / 40) {
+        machine.fail(&format!("after={after} fails=719"));
+    }
+    // Memory that is asked for later than planned.
+    let words = machine.fail("after=30 fails=2 of=cuMemAlloc");
+    assert!(words.contains("out of cuda:0 memory: "), "{words}");
+}
+
+#[test]
+fn a_lost_card_ends_every_request_of_a_server() {
+    let machine = Machine::new();
+    let mut command = machine
+        .bitfast("after=400 fails=700 of=cuGraphLaunch", &["serve", "--host", "127.0.0.1", "--port", "0"]);
+    let mut server = command.args(MODEL).args(SMALL).stdout(Stdio::null()).spawn().unwrap();
+    let mut stderr = BufReader::new(server.stderr.take().unwrap());
+    let mut line = String::new();
+    let address = loop {
+        line.clear();
+        assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
+        if let Some(address) = line.trim().strip_prefix("listening on http://") {
+            break address.to_owned();
+        }
+    };
+    let ask = |i: usize| {
+        let stream = i % 2 == 0;
+        let body = format!(
+            "{{\"prompt\": [1, 2, {i}], \"max_tokens\": 900, \"ignore_eos\": true, \"stream\": {stream}}}"
+        );
+        let mut socket = TcpStream::connect(&address).unwrap();
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n";
+        write!(socket, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+        let mut text = String::new();
+        socket.read_to_string(&mut text).unwrap();
+        text
+    };
+    // More than run at once: some wait when the card is lost.
+    let answers: Vec<String> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..20).map(|i| scope.spawn(move || ask(i))).collect();
+        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for answer in &answers {
+        assert!(answer.contains("cuGraphLaunch failed"), "{answer}");
+    }
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    assert_eq!(server.wait().unwrap().code(), Some(1), "{rest}");
+    assert!(rest.contains("cuGraphLaunch failed") && !rest.contains("panicked"), "{rest}");
+}
