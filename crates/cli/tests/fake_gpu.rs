@@ -134,7 +134,7 @@ fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
         let output = run(device);
         let words = said(&output);
         assert_eq!(output.status.code(), Some(2), "{message}: {words}");
-        assert!(words.contains(&format!("error: device: ")) && words.contains(message), "{message}: {words}");
+        assert!(words.contains("error: device: ") && words.contains(message), "{message}: {words}");
         if *device == "cuda" {
             let output = run("auto");
             let words = said(&output);
@@ -247,7 +247,7 @@ fn a_lost_card_ends_every_request_of_a_server() {
         }
     };
     let ask = |i: usize| {
-        let stream = i % 2 == 0;
+        let stream = i.is_multiple_of(2);
         let body = format!(
             "{{\"prompt\": [1, 2, {i}], \"max_tokens\": 900, \"ignore_eos\": true, \"stream\": {stream}}}"
         );
