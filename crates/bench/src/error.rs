@@ -86,6 +86,17 @@ impl Error {
         Self::File { path: path.as_ref().to_path_buf(), message: error.to_string() }
     }
 
+    /// Refuses a number outside of the range.
+    pub(crate) fn unless_within(param: &str, value: usize, range: std::ops::RangeInclusive<usize>) -> Result {
+        if value < *range.start() {
+            return Err(Self::setting(param, format!("must be at least {}", range.start())));
+        }
+        if value > *range.end() {
+            return Err(Self::setting(param, format!("must be at most {}, got {value}", range.end())));
+        }
+        Ok(())
+    }
+
     pub(crate) fn network(url: impl Into<String>, error: impl ToString) -> Self {
         Self::Network { url: url.into(), message: error.to_string() }
     }
@@ -98,6 +109,8 @@ impl Error {
     pub fn is_user_error(&self) -> bool {
         match self {
             Self::Setting { .. } | Self::File { .. } => true,
+            // A value, the key or the name of the model, as the server says; or a route that has to be switched on.
+            Self::Status { status, .. } => [400, 401, 403, 404].contains(status),
             Self::Engine(e) => e.is_user_error(),
             Self::During { error, .. } => error.is_user_error(),
             _ => false,

@@ -172,6 +172,9 @@ async fn probe_timer(delays: Arc<std::sync::Mutex<Vec<f64>>>) {
     }
 }
 
+/// No request is due later, whatever was drawn: a clock has an end.
+const LONGEST_S: f64 = 1e9;
+
 /// When requests come.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arrivals {
@@ -225,7 +228,7 @@ impl Arrivals {
             let scale = (count - 1) as f64 / rate / last;
             times.iter_mut().for_each(|t| *t *= scale);
         }
-        times.into_iter().map(Duration::from_secs_f64).collect()
+        times.into_iter().map(|s| Duration::from_secs_f64(s.min(LONGEST_S))).collect()
     }
 }
 
@@ -243,6 +246,8 @@ mod tests {
         let gaps = times.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect();
         let gaps = Summary::of(gaps).unwrap();
         assert!((gaps.std() / gaps.mean - 1.0).abs() < 0.15, "{}", gaps.std() / gaps.mean);
+        let never = Arrivals::Random { rate: 1e-300, burstiness: 1.0 }.times(3, 0);
+        assert!(never[2] > Duration::from_secs(1 << 20));
         assert!(Arrivals::Immediately.times(3, 0).iter().all(Duration::is_zero));
         let ramp = Arrivals::Ramp { from: 1.0, to: 100.0, exponential: false, burstiness: 1e6 }.times(100, 0);
         assert!(ramp[1] > Duration::from_millis(900) && ramp[99] - ramp[98] < Duration::from_millis(20));

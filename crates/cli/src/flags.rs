@@ -104,10 +104,20 @@ impl Cli {
     /// The parser with the help's generated parts.
     pub fn full_command() -> clap::Command {
         let variables = environment_help();
-        Self::command()
+        with_negative_numbers(Self::command())
             .after_long_help(variables.clone())
             .mut_subcommand("run", |run| run.after_long_help(format!("{RUN_EXAMPLES}\n\n{variables}")))
     }
+}
+
+/// A negative number is a value of the flag before it, whose range then names the mistake, not a flag of its own.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        })
+        .mut_subcommands(with_negative_numbers)
 }
 
 /// Flags of one dash and two letters, which other servers have and the parser would take for bundles.
@@ -160,7 +170,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub json: bool,
     /// Answer every line of this JSON Lines file
-    #[arg(long, value_name = "FILE", requires = "output", conflicts_with_all = ["prompt", "system", "json"])]
+    #[arg(
+        long, value_name = "FILE", requires = "output",
+        conflicts_with_all = ["prompt", "chat", "system", "json"]
+    )]
     pub prompts: Option<PathBuf>,
     /// Where the answers go; answers that are there already are kept and not asked again
     #[arg(long, value_name = "FILE", requires = "prompts")]
@@ -326,16 +339,16 @@ pub struct SamplingFlags {
     #[arg(long, value_name = "P")]
     pub top_p: Option<f32>,
     /// Sample from the K best tokens
-    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    #[arg(long, value_name = "K")]
     pub top_k: Option<i32>,
     /// Drop tokens with less than P times the best one's probability
     #[arg(long, value_name = "P")]
     pub min_p: Option<f32>,
     /// -2 to 2: against tokens that were generated before
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     pub presence_penalty: Option<f32>,
     /// -2 to 2: the same, for each time
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     pub frequency_penalty: Option<f32>,
     /// Above 0, to 2: against tokens of prompt and answer; 1 is off
     #[arg(long, value_name = "X")]

@@ -16,6 +16,9 @@ pub fn run(args: &RunArgs) -> Outcome {
     if args.prompt.is_none() && std::io::stdin().is_terminal() && !args.json {
         return chat::run(args);
     }
+    if args.system.is_some() && !args.chat {
+        return Err(Exit::User("system: a text that is completed as it stands has none; add --chat".into()));
+    }
     let text = match &args.prompt {
         Some(text) => text.clone(),
         None => read_stdin()?,

@@ -178,6 +178,10 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     refused(&run_tiny(&["--max-model-len", "16", &"x".repeat(16)]), "maximum context length is 16 tokens");
     refused(&run_tiny(&["x", "--temperature", "2.5"]), "temperature: ");
     refused(&run_tiny(&["x", "--temperature", "NaN"]), "temperature: ");
+    refused(&run_tiny(&["x", "--temperature", "-1"]), "temperature: ");
+    refused(&run_tiny(&["x", "--max-tokens", "-2"]), "--max-tokens");
+    refused(&run_tiny(&["x", "--system", "s"]), "system: ");
+    refused(&run_tiny(&["--prompts", "x.jsonl", "--output", "y.jsonl", "--chat"]), "--chat");
     refused(&run_tiny(&["x", "--top-p", "0"]), "top_p: ");
     refused(&run_tiny(&["x", "--top-k", "-2"]), "top_k: ");
     refused(&run_tiny(&["x", "--min-p", "1.5"]), "min_p: ");

@@ -210,9 +210,7 @@ impl Client {
         let sent = Instant::now();
         let mut open = self.send(Method::POST, ROUTE, ask.body(false).into(), ask.rank).await?;
         let mut body = Vec::new();
-        while let Some(bytes) = open.chunk().await? {
-            body.extend_from_slice(&bytes);
-        }
+        open.read_to_end(&mut body).await?;
         let done = Instant::now();
         let reply = Reply { status: open.status, body: body.into(), url: url.clone() };
         if reply.status != 200 {
@@ -245,9 +243,7 @@ impl Client {
         let mut open = self.send(Method::POST, ROUTE, ask.body(true).into(), ask.rank).await?;
         if open.status != 200 {
             let mut body = Vec::new();
-            while let Some(bytes) = open.chunk().await? {
-                body.extend_from_slice(&bytes);
-            }
+            open.read_to_end(&mut body).await?;
             return Err(Reply { status: open.status, body: body.into(), url }.refusal());
         }
         let asked = Asked {

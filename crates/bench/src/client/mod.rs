@@ -128,12 +128,7 @@ impl Client {
         let url = self.url(path);
         let mut open = self.send(method, path, body, None).await?;
         let mut all = Vec::new();
-        while let Some(bytes) = open.chunk().await? {
-            all.extend_from_slice(&bytes);
-            if all.len() > BODY_LIMIT {
-                return Err(Error::answer(url, format!("the body is longer than {BODY_LIMIT} bytes")));
-            }
-        }
+        open.read_to_end(&mut all).await?;
         Ok(Reply { status: open.status, body: all.into(), url })
     }
 
@@ -222,6 +217,18 @@ struct Open {
 }
 
 impl Open {
+    /// The rest of the body, within its limit.
+    async fn read_to_end(&mut self, all: &mut Vec<u8>) -> Result {
+        while let Some(bytes) = self.chunk().await? {
+            all.extend_from_slice(&bytes);
+            if all.len() > BODY_LIMIT {
+                let message = format!("the body is longer than {BODY_LIMIT} bytes");
+                return Err(Error::answer(&self.url, message));
+            }
+        }
+        Ok(())
+    }
+
     /// The next piece of the body; `None` at its end.
     async fn chunk(&mut self) -> Result<Option<Bytes>> {
         loop {

@@ -6,6 +6,7 @@
 mod phase;
 mod report;
 
+use bitfast_llm::{Device, KvCacheMemory, LoadFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -94,19 +95,21 @@ impl Default for Settings {
     }
 }
 
+/// Most tokens of a prompt or an answer, requests of a batch, trials.
+const MOST: usize = 1 << 24;
+
 impl Settings {
     /// Refuses what cannot be measured, before anything is loaded.
     pub fn check(&self) -> Result {
-        let least = [
+        let all = [
             ("batch-size", self.batch_size),
             ("num-trials", self.num_trials),
             ("min-prompt", self.min_prompt),
+            ("max-prompt", self.max_prompt.max(1)),
             ("max-tokens", self.max_tokens as usize),
             ("tp-size", self.tp_size),
         ];
-        if let Some((param, _)) = least.iter().find(|(_, value)| *value == 0) {
-            return Err(Error::setting(*param, "must be at least 1"));
-        }
+        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=MOST))?;
         if self.max_prompt < self.min_prompt {
             let message = format!("{} is less than min-prompt ({})", self.max_prompt, self.min_prompt);
             return Err(Error::setting("max-prompt", message));
@@ -121,6 +124,12 @@ impl Settings {
         }
         if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
             return Err(Error::setting("gpu-memory-utilization", "must be above 0 and at most 1"));
+        }
+        self.load_format.parse::<LoadFormat>()?;
+        self.device.parse::<Device>()?;
+        self.kv_cache_memory.as_deref().map(str::parse::<KvCacheMemory>).transpose()?;
+        if self.threads == Some(0) {
+            return Err(Error::setting("threads", "must be at least 1"));
         }
         self.check_backend()?;
         if self.tp_size > 1 {
@@ -210,12 +219,19 @@ pub enum PhaseAnswer {
     Done(Box<PhaseReport>),
     /// It cannot run here, and why.
     Refused(String),
+    /// What was asked for cannot be, here or elsewhere.
+    Mistaken(String),
 }
 
 impl From<Result<PhaseReport>> for PhaseAnswer {
     fn from(result: Result<PhaseReport>) -> Self {
         match result {
             Ok(report) => Self::Done(Box::new(report)),
+            // Another machine may have the device.
+            Err(Error::Engine(bitfast_llm::Error::InvalidParam { param, message })) if param == "device" => {
+                Self::Refused(format!("{param}: {message}"))
+            }
+            Err(error) if error.is_user_error() => Self::Mistaken(error.to_string()),
             Err(error) => Self::Refused(error.to_string()),
         }
     }
@@ -244,6 +260,11 @@ mod tests {
         assert!(refused(|s| s.max_prompt = 9).starts_with("max-prompt: 9 is less"));
         assert!(refused(|s| s.max_model_len = 9).starts_with("max-model-len: 9 is less"));
         assert!(refused(|s| s.tp_size = 2).contains("tensor parallel size 2"));
+        assert!(refused(|s| s.load_format = "foo".into()).starts_with("load_format: "));
+        assert!(refused(|s| s.device = "foo".into()).starts_with("device: "));
+        assert!(refused(|s| s.kv_cache_memory = Some("foo".into())).starts_with("kv_cache_memory: "));
+        assert!(refused(|s| s.threads = Some(0)).starts_with("threads: "));
+        assert!(refused(|s| s.max_prompt = usize::MAX).starts_with("max-prompt: must be at most"));
     }
 
     #[test]
@@ -254,5 +275,12 @@ mod tests {
             serde_json::from_str::<PhaseAnswer>(&text).unwrap(),
             PhaseAnswer::Refused("no such mode here".into())
         );
+        let of = |error: bitfast_llm::Error| PhaseAnswer::from(Err(error.into()));
+        let missing = bitfast_llm::Error::file("/no/such", "no such file or folder");
+        assert_eq!(of(missing), PhaseAnswer::Mistaken("/no/such: no such file or folder".into()));
+        let device = bitfast_llm::Error::invalid("device", "no driver");
+        assert_eq!(of(device), PhaseAnswer::Refused("device: no driver".into()));
+        let memory = bitfast_llm::Error::Device("out of memory".into());
+        assert_eq!(of(memory), PhaseAnswer::Refused("device: out of memory".into()));
     }
 }

@@ -247,14 +247,13 @@ impl Control {
         Ok(self.dialect == Dialect::Bitfast && self.client.get(&route).await?.status == 200)
     }
 
-    /// Ids of the last steps so far.
-    pub async fn last_steps(&self) -> Result<LastSteps> {
-        let mut last = LastSteps::new();
-        for step in self.steps(&LastSteps::new()).await? {
+    /// Brings the ids of the last steps up to now.
+    pub async fn look_at_steps(&self, last: &mut LastSteps) -> Result {
+        for step in self.steps(last).await? {
             let id = last.entry(step.engine).or_insert(0);
             *id = step.id.max(*id);
         }
-        Ok(last)
+        Ok(())
     }
 
     /// Starts the profiler.

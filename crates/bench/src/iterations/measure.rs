@@ -48,10 +48,10 @@ impl Bench<'_> {
             self.ask_all(contexts.collect(), shape.context as u64).await?;
         }
         self.wait_until_idle().await?;
-        let mut since = Vec::new();
-        for (control, _) in &self.servers {
-            since.push(control.last_steps().await?);
+        for ((control, _), seen) in self.servers.iter().zip(&mut self.seen) {
+            control.look_at_steps(seen).await?;
         }
+        let since = self.seen.clone();
         let (asked, woken) = self.asleep(asks).await?;
         let steps = self.check_steps(shape, &since, &asked).await?;
         let max_tokens = if shape.mode == Mode::Prefill { 1 } else { self.settings.iterations as u64 };

@@ -77,6 +77,9 @@ pub struct Settings {
     pub trace_timeout: Duration,
 }
 
+/// Most tokens of a prompt or an answer, and requests of a batch.
+const MAX_LEN: usize = 1 << 24;
+
 impl Settings {
     /// One prefill of 128 tokens, five times.
     pub fn new(clients: Vec<Client>) -> Self {
@@ -106,6 +109,13 @@ impl Settings {
         if self.clients.is_empty() {
             return Err(Error::setting("endpoints", "names no server"));
         }
+        let most = |param: &str, list: &[usize]| {
+            list.iter().try_for_each(|n| Error::unless_within(param, *n, 0..=MAX_LEN))
+        };
+        most("batch-size", &self.batch_sizes)?;
+        most("context-len", &self.context_lens)?;
+        most("input-len", &self.input_lens)?;
+        most("iterations", &[self.iterations])?;
         empty("batch-size", &self.batch_sizes, 1)?;
         empty("repeats", &[self.repeats], 1)?;
         empty("context-len", &self.context_lens, 0)?;
@@ -122,6 +132,27 @@ impl Settings {
                 empty("iterations", &[self.iterations], 2)
             }
         }
+    }
+
+    /// Refuses what a server cannot take, where it says what it can.
+    fn check_server(&self, config: &ServerConfig) -> Result {
+        let limit = |name: &str| config.all[name].as_u64().map_or(usize::MAX, |n| n as usize);
+        let (seqs, len) = (limit("max_num_seqs"), limit("max_model_len"));
+        if let Some(batch) = self.batch_sizes.iter().find(|b| **b > seqs) {
+            let message = format!("{batch} is more than max_num_seqs ({seqs}) of {}", config.endpoint);
+            return Err(Error::setting("batch-size", message));
+        }
+        let (answer, params) = match self.mode {
+            Mode::Prefill => (1, "context-len + input-len"),
+            Mode::Decode => (self.iterations, "context-len + iterations"),
+        };
+        let longest = self.shapes().iter().map(|s| s.prompt_len() + answer).max().unwrap_or(0);
+        if longest > len {
+            let message =
+                format!("{longest} tokens are more than max_model_len ({len}) of {}", config.endpoint);
+            return Err(Error::setting(params, message));
+        }
+        Ok(())
     }
 
     fn shapes(&self) -> Vec<Shape> {
@@ -180,6 +211,8 @@ struct Bench<'a> {
     observer: &'a dyn Observer,
     /// Number of the next prompt: no two are the same in a run.
     prompts: u64,
+    /// By server, the last steps that were seen: a server remembers many, which need not be told again for every round.
+    seen: Vec<LastSteps>,
 }
 
 /// Measures every shape. Whatever happens, the servers are awake afterwards, or the error says that they may not be.
@@ -224,11 +257,7 @@ impl<'a> Bench<'a> {
             None => served_model(&settings.clients[0]).await?,
         };
         for (_, config) in &servers {
-            let limit = config.all["max_num_seqs"].as_u64().unwrap_or(u64::MAX);
-            if let Some(batch) = settings.batch_sizes.iter().find(|b| **b as u64 > limit) {
-                let message = format!("{batch} is more than max_num_seqs ({limit}) of {}", config.endpoint);
-                return Err(Error::setting("batch-size", message));
-            }
+            settings.check_server(config)?;
         }
         for (control, config) in &servers {
             if control.dialect == Dialect::Bitfast && !control.keeps_steps().await? {
@@ -240,7 +269,8 @@ impl<'a> Bench<'a> {
             observer.say(note);
         }
         let vocab = vocab.unwrap_or(1000).max(2);
-        Ok(Self { settings, model, vocab, servers, sleeper, notes, observer, prompts: 0 })
+        let seen = vec![LastSteps::new(); servers.len()];
+        Ok(Self { settings, model, vocab, servers, sleeper, notes, observer, prompts: 0, seen })
     }
 
     async fn measure_shape(&mut self, shape: &Shape) -> Result<Row> {

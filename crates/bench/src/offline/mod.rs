@@ -18,6 +18,8 @@ use crate::random::token_ids;
 
 /// KV blocks of no device have more tokens; a sequence's last block may be partly used.
 const LARGEST_BLOCK: usize = 128;
+/// Most tokens of a prompt or an answer, and requests.
+const MOST: usize = 1 << 24;
 /// Sequences of a step that are set unasked.
 const MOST_SEQS: usize = 256;
 
@@ -37,15 +39,12 @@ pub struct Load {
 
 impl Load {
     fn check(&self, requests: &str) -> Result {
-        let least = [
+        let all = [
             ("input-len", self.input_len),
             ("output-len", self.output_len as usize),
             (requests, self.requests),
         ];
-        match least.iter().find(|(_, value)| *value == 0) {
-            None => Ok(()),
-            Some((param, _)) => Err(Error::setting(*param, "must be at least 1")),
-        }
+        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=MOST))
     }
 
     /// Tokens of a request, prompt and answer.

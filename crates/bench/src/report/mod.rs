@@ -95,10 +95,13 @@ pub fn write_file(path: &Path, text: &str) -> Result {
     std::fs::write(path, text).map_err(|e| Error::file(path, e))
 }
 
-/// Refuses an output file before the time is spent.
+/// Refuses an output file before the time is spent. One that was not there is not there afterwards: a run that is broken
+/// off leaves no empty file, which could be taken for its results.
 pub fn check_writable(path: &Path) -> Result {
+    let is_new = path.symlink_metadata().is_err();
     let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
-    opened.map(drop).map_err(|e| Error::file(path, e))
+    opened.map(drop).map_err(|e| Error::file(path, e))?;
+    if is_new { std::fs::remove_file(path).map_err(|e| Error::file(path, e)) } else { Ok(()) }
 }
 
 /// Now, in UTC, as vLLM's tools write it.
@@ -163,6 +166,21 @@ svg .mark, svg .spread { stroke: var(--c); } svg .dot, svg .bar { fill: var(--c)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_look_at_an_output_file_leaves_no_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.json");
+        check_writable(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "old").unwrap();
+        check_writable(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "old");
+        assert!(
+            check_writable(dir.path()).is_err() && check_writable(&dir.path().join("no/r.json")).is_err()
+        );
+        assert!(dir.path().exists());
+    }
 
     #[test]
     fn a_page_needs_nothing_else_and_names_cannot_break_it() {

@@ -48,6 +48,11 @@ pub fn compare(a: &Path, b: &Path) -> Result<String> {
     lines.push(format!("{:<24} {:>12} {:>12} {:>9}", "", "A", "B", "B to A"));
     for (key, more_is_better) in KEYS {
         let (Some(x), Some(y)) = (left[key].as_f64(), right[key].as_f64()) else { continue };
+        if x == 0.0 && y != 0.0 {
+            // A run in which nothing succeeded has zeros.
+            lines.push(format!("{key:<24} {x:>12.2} {y:>12.2} {:>9} not comparable", "-"));
+            continue;
+        }
         let percent = if x == 0.0 { 0.0 } else { (y / x - 1.0) * 100.0 };
         let word = match percent {
             p if p.abs() < 0.05 => "same",

@@ -68,6 +68,10 @@ pub struct Sample {
 const PREFIX: u64 = 1 << 40;
 const LENGTHS: u64 = 1 << 41;
 const SHUFFLE: u64 = 1 << 42;
+/// Most tokens of a prompt, and of an answer.
+const MAX_TOKENS: usize = 1 << 24;
+/// Most tokens of all random prompts, which are drawn before the load begins: 8 GiB.
+const MAX_TOKENS_IN_ALL: usize = 1 << 31;
 /// Characters of a token of English text, for answers' lengths only: prompts are counted by the server.
 const CHARS_PER_TOKEN: usize = 4;
 
@@ -100,8 +104,8 @@ impl Dataset {
                 if !(0.0..1.0).contains(range_ratio) {
                     return Err(Error::setting("random-range-ratio", "must be from 0 to below 1"));
                 }
-                positive("random-input-len", input_len + prefix_len)?;
-                positive("random-output-len", *output_len)?;
+                lengths("random-prefix-len", *prefix_len, "random-input-len", *input_len, count)?;
+                Error::unless_within("random-output-len", *output_len, 1..=MAX_TOKENS)?;
                 let prefix = token_ids(*prefix_len, *vocab_size, seed, PREFIX);
                 let mut lengths = Random::new(seed, LENGTHS);
                 let mut around = |len: usize| {
@@ -121,9 +125,10 @@ impl Dataset {
                 Ok((0..count as u64).map(sample).collect())
             }
             Self::PrefixRepetition { prefix_len, suffix_len, num_prefixes, output_len, vocab_size } => {
-                positive("prefix-repetition-num-prefixes", *num_prefixes)?;
-                positive("prefix-repetition-prefix-len", prefix_len + suffix_len)?;
-                positive("prefix-repetition-output-len", *output_len)?;
+                let names = ["prefix-repetition-suffix-len", "prefix-repetition-prefix-len"];
+                Error::unless_within("prefix-repetition-num-prefixes", *num_prefixes, 1..=usize::MAX)?;
+                lengths(names[0], *suffix_len, names[1], *prefix_len, count)?;
+                Error::unless_within("prefix-repetition-output-len", *output_len, 1..=MAX_TOKENS)?;
                 let sample = |stream: u64| {
                     let prefix =
                         token_ids(*prefix_len, *vocab_size, seed, PREFIX + stream % *num_prefixes as u64);
@@ -148,8 +153,15 @@ impl Dataset {
     }
 }
 
-fn positive(param: &str, value: usize) -> Result {
-    if value == 0 { Err(Error::setting(param, "must be at least 1")) } else { Ok(()) }
+/// Checks the two parts of random prompts; the second one must have what the first one leaves out.
+fn lengths(part: &str, part_len: usize, main: &str, main_len: usize, count: usize) -> Result {
+    Error::unless_within(part, part_len, 0..=MAX_TOKENS)?;
+    Error::unless_within(main, main_len, usize::from(part_len == 0)..=MAX_TOKENS)?;
+    if (part_len + main_len).saturating_mul(count) > MAX_TOKENS_IN_ALL {
+        let message = format!("{count} prompts have more than {MAX_TOKENS_IN_ALL} tokens together");
+        return Err(Error::setting(main, message));
+    }
+    Ok(())
 }
 
 fn of_ids(ids: Vec<u32>, output_len: usize) -> Sample {
@@ -229,6 +241,19 @@ mod tests {
             dataset(0.5).samples(200, 1).unwrap().iter().map(|s| s.input_len.unwrap() - 7).collect();
         assert!(lens.iter().all(|l| (50..=150).contains(l)) && lens.iter().any(|l| *l != 100));
         assert!(dataset(1.0).samples(1, 1).is_err());
+        let refused = |input_len, output_len, prefix_len, count| {
+            let sizes =
+                Dataset::Random { input_len, output_len, range_ratio: 0.0, prefix_len, vocab_size: 50 };
+            sizes.samples(count, 1).unwrap_err().to_string()
+        };
+        assert_eq!(refused(0, 1, 0, 1), "random-input-len: must be at least 1");
+        assert_eq!(
+            refused(1 << 40, 1, 0, 1),
+            "random-input-len: must be at most 16777216, got 1099511627776"
+        );
+        assert!(refused(1, 1, usize::MAX, 1).starts_with("random-prefix-len: must be at most"));
+        assert!(refused(1, 1 << 32, 0, 1).starts_with("random-output-len: must be at most"));
+        assert!(refused(1 << 20, 1, 0, 1 << 20).starts_with("random-input-len: 1048576 prompts have more"));
     }
 
     #[test]

@@ -50,11 +50,15 @@ pub struct Settings {
     pub shown: Shown,
 }
 
+/// Most requests of a load.
+const MAX_REQUESTS: usize = 1 << 24;
+/// Longest time over which requests come.
+const LONGEST_S: f64 = 365.0 * 86400.0;
+
 impl Settings {
     fn check(&self) -> Result {
-        if self.num_prompts == 0 {
-            return Err(Error::setting("num-prompts", "must be at least 1"));
-        }
+        Error::unless_within("num-prompts", self.num_prompts, 1..=MAX_REQUESTS)?;
+        Error::unless_within("num-warmups", self.num_warmups, 0..=MAX_REQUESTS)?;
         if self.max_concurrency == Some(0) {
             return Err(Error::setting("max-concurrency", "must be at least 1"));
         }
@@ -65,6 +69,9 @@ impl Settings {
         };
         if rates.iter().any(|r| !(r.is_finite() && *r > 0.0)) {
             return Err(Error::setting("request-rate", "rates and burstiness must be above 0"));
+        }
+        if self.num_prompts as f64 / rates[0].min(rates[1]) > LONGEST_S {
+            return Err(Error::setting("request-rate", "so few requests a second take more than a year"));
         }
         Ok(())
     }

@@ -131,6 +131,31 @@ async fn several_endpoints_work_as_one() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_server_says_that_it_cannot_take_is_refused_by_name() {
+    let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[]);
+    let (prefill, decode) = (settings(&[&fake], Mode::Prefill), settings(&[&fake], Mode::Decode));
+    let cases = [
+        (
+            Settings { batch_sizes: vec![1, 257], ..prefill.clone() },
+            "batch-size: 257 is more than max_num_seqs",
+        ),
+        (
+            Settings { context_lens: vec![64], input_lens: vec![1, (1 << 14) - 64], ..prefill },
+            "context-len + input-len: 16385 tokens are more than max_model_len (16384) of http://fake:1",
+        ),
+        (
+            Settings { iterations: (1 << 14) - 63, ..decode },
+            "context-len + iterations: 16385 tokens are more",
+        ),
+    ];
+    for (settings, expected) in cases {
+        let error = measure(&settings).await.unwrap_err();
+        assert!(error.is_user_error() && error.to_string().starts_with(expected), "{error}");
+    }
+    assert_eq!(fake.called("/debug/sleep"), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_lies_is_found_out_and_left_awake() {
     let cases = [
         (Lie::PromptTokens, "usage says 49 prompt tokens, 48 were sent"),

@@ -240,10 +240,10 @@ pub struct ServeBenchArgs {
     #[arg(long, value_enum, requires_all = ["ramp_up_start_rps", "ramp_up_end_rps"])]
     pub ramp_up_strategy: Option<RampFlag>,
     /// Requests a second at the beginning of a ramp
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", requires = "ramp_up_strategy")]
     pub ramp_up_start_rps: Option<f64>,
     /// Requests a second at its end
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", requires = "ramp_up_strategy")]
     pub ramp_up_end_rps: Option<f64>,
     /// Bounds of good requests, in ms: ttft:MS tpot:MS e2el:MS
     #[arg(long, value_name = "NAME:MS", num_args = 1..)]

@@ -109,6 +109,7 @@ fn in_own_process(args: &InvarianceArgs, settings: &Settings, phase: Phase) -> O
     let report = match serde_json::from_slice(&answer).map_err(|e| failed(e.to_string()))? {
         PhaseAnswer::Done(report) => *report,
         PhaseAnswer::Refused(reason) => return Err(failed(format!("cannot run here: {reason}"))),
+        PhaseAnswer::Mistaken(reason) => return Err(Exit::User(reason)),
     };
     if !args.quiet {
         say!(

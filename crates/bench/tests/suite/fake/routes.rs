@@ -106,7 +106,7 @@ fn bitfast(fake: &Fake, path: &str, query: &str) -> Response<Fed> {
         "/debug/config" => ok(json!({
             "data_parallel_size": engine.setup.ranks, "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
             "world_size": engine.setup.ranks, "max_num_seqs": 256, "max_num_batched_tokens": engine.setup.budget,
-            "kv_cache_tokens": 1 << 20, "vocab_size": VOCAB, "fingerprint": "fake-1", "device": "fake"
+            "max_model_len": 1 << 14, "kv_cache_tokens": 1 << 20, "vocab_size": VOCAB, "fingerprint": "fake-1", "device": "fake"
         })),
         "/debug/sleep" => {
             if !fake.lies(Lie::NeverSleeps) {
