@@ -216,7 +216,8 @@ mod tests {
             }
             let mut script = Command::new("./run.sh");
             let output = script.args(["--jobs", "2"]).current_dir(dir.path()).output().unwrap();
-            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+            let said = [output.stdout, output.stderr].concat();
+            (output.status.success(), String::from_utf8(said).unwrap())
         };
         // A test binary with two tests; the second one ends so.
         let run = |second: &str| {
@@ -244,5 +245,9 @@ mod tests {
         assert!(ok && table.contains("5 passed, 0 failed"), "{table}");
         let (ok, table) = run_with("bitfast", &command("0"));
         assert!(!ok && table.contains("the change was not noticed"), "{table}");
+        // No card: one word of it, no table.
+        let (ok, said) =
+            run_with("bitfast", "#!/bin/sh\necho 'error: device: no NVIDIA driver' >&2\nexit 2\n");
+        assert!(!ok && said == "nothing was run: error: device: no NVIDIA driver\n", "{said}");
     }
 }

@@ -13,8 +13,18 @@ while [ $# != 0 ]; do
     esac
     shift
 done
+case $jobs in '' | 0 | *[!0-9]*) echo "--jobs: a number from 1" >&2 && exit 2 ;; esac
 mkdir -p logs
 : >logs/counts
+
+# Where no card can be used every test would fail, and say so in as many words.
+if [ -x bitfast ]; then
+    ./bitfast selfcheck --device cuda >logs/card.log 2>&1
+    if [ $? = 2 ]; then
+        echo "nothing was run: $(grep '^error:' logs/card.log)" >&2
+        exit 2
+    fi
+fi
 
 # Its name and the command. Prints one row when it has ended, with the end of its log when it failed.
 run() {
