@@ -105,22 +105,29 @@ fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
     let absent: &[(&str, &str)] = &[("BITFAST_NVRTC", "/no/such/libnvrtc.so.13")];
     let other = empty.library().display().to_string();
     let other: &[(&str, &str)] = &[("BITFAST_NVRTC", &other)];
-    let cases: &[(&Machine, &str, &str, &[(&str, &str)], &str)] = &[
-        (&broken, "", "cuda", &[], "no NVIDIA driver: "),
-        (&empty, "", "cuda", &[], "the NVIDIA driver is too old: it has no cuInit"),
-        (&machine, "driver=12020", "cuda", &[], "the NVIDIA driver is of CUDA 12.2; 12.4 or newer is needed"),
-        (&machine, "nvrtc=12030", "cuda", &[], "NVRTC is of CUDA 12.3; 12.4 or newer is needed"),
-        (&machine, "driver=12080", "cuda", &[], "NVRTC is of CUDA 13, the driver of CUDA 12"),
-        (&machine, "init=100", "cuda", &[], "no CUDA device 0: the driver sees 0"),
-        (&machine, "init=803", "cuda", &[], "cuInit failed: "),
-        (&machine, "devices=0", "cuda", &[], "no CUDA device 0: the driver sees 0"),
-        (&machine, "devices=2", "cuda:7", &[], "no CUDA device 7: the driver sees 2"),
-        (&machine, "cc=80", "cuda", &[], "Fake H100 has compute capability 8.0"),
-        (&machine, "cc=89", "cuda", &[], "Fake H100 has compute capability 8.9"),
-        (&machine, "cc=100", "cuda", &[], "Fake H100 has compute capability 10.0"),
+    let usual: &[(&str, &str)] = &[];
+    let cases = [
+        (&broken, "", "cuda", usual, "no NVIDIA driver: "),
+        (&empty, "", "cuda", usual, "the NVIDIA driver is too old: it has no cuInit"),
+        (
+            &machine,
+            "driver=12020",
+            "cuda",
+            usual,
+            "the NVIDIA driver is of CUDA 12.2; 12.4 or newer is needed",
+        ),
+        (&machine, "nvrtc=12030", "cuda", usual, "NVRTC is of CUDA 12.3; 12.4 or newer is needed"),
+        (&machine, "driver=12080", "cuda", usual, "NVRTC is of CUDA 13, the driver of CUDA 12"),
+        (&machine, "init=100", "cuda", usual, "no CUDA device 0: the driver sees 0"),
+        (&machine, "init=803", "cuda", usual, "cuInit failed: "),
+        (&machine, "devices=0", "cuda", usual, "no CUDA device 0: the driver sees 0"),
+        (&machine, "devices=2", "cuda:7", usual, "no CUDA device 7: the driver sees 2"),
+        (&machine, "cc=80", "cuda", usual, "Fake H100 has compute capability 8.0"),
+        (&machine, "cc=89", "cuda", usual, "Fake H100 has compute capability 8.9"),
+        (&machine, "cc=100", "cuda", usual, "Fake H100 has compute capability 10.0"),
         (&machine, "", "cuda", absent, "NVRTC not found (/no/such/libnvrtc.so.13"),
         (&machine, "", "cuda", other, "NVRTC is too old: it has no nvrtcVersion"),
-        (&machine, "", "cuda", &[], "does not compute what the hopper class is defined by"),
+        (&machine, "", "cuda", usual, "does not compute what the hopper class is defined by"),
     ];
     for (machine, fake, device, env, message) in cases {
         let run = |device: &str| {
@@ -135,7 +142,7 @@ fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
         let words = said(&output);
         assert_eq!(output.status.code(), Some(2), "{message}: {words}");
         assert!(words.contains("error: device: ") && words.contains(message), "{message}: {words}");
-        if *device == "cuda" {
+        if device == "cuda" {
             let output = run("auto");
             let words = said(&output);
             assert_eq!(output.status.code(), Some(0), "{message}: {words}");
