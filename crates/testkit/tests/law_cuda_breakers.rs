@@ -9,7 +9,8 @@ use bitfast_testkit::on_card::{OnCard, all, assert_equal, layout};
 use bitfast_testkit::rig;
 
 /// Rows at which plans change, and one more: linears for few rows at 8, 16, 32, 48, 64, 96 and 128, large tiles at multiples of 128;
-/// attention at 8 and 16 rows of a sequence (32 with the heads of a group of four or two); captured steps at 8, 64 and 256.
+/// attention at 8 and 16 rows of a sequence (32 with the heads of a group of four or two); captured steps at 8, 64 and 256. Where few sequences'
+/// attention changes is with [`ends_of_splits`].
 const BORDERS: [usize; 12] = [8, 16, 32, 48, 64, 96, 128, 256, 384, 511, 512, 640];
 
 fn breakers(model: &OnCard) {
@@ -104,6 +105,17 @@ fn ends_of_splits(model: &OnCard, rng: &mut Rng) {
         let outcomes = lab.run_all(&pool);
         let what = format!("{}, graphs {graphs}, steps of {budget}: over the ends of splits", model.name);
         assert_equal(&what, &outcomes, &all(&truths));
+    }
+    // So few that blocks share the splits of each, in ways that change with their number and length.
+    for graphs in [true, false] {
+        let mut lab = model.lab(graphs, Layout { num_blocks: 300, ..layout(16) });
+        for count in 1..=pool.len().min(9) {
+            for first in [0, (pool.len() - count) / 2, pool.len() - count] {
+                let outcomes = lab.run_all(&pool[first..first + count]);
+                let what = format!("{}, graphs {graphs}, {count} over the ends of splits", model.name);
+                assert_equal(&what, &outcomes, &all(&truths[first..first + count]));
+            }
+        }
     }
 }
 
