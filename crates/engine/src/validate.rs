@@ -18,7 +18,6 @@ pub(crate) fn validate(mut request: EngineRequest, info: &EngineInfo) -> Result<
     check_sampling(&request.sampling, info)?;
     let max_tokens = request.sampling.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
     request.sampling.max_tokens = max_tokens;
-    request.sampling.min_tokens = request.sampling.min_tokens.min(max_tokens);
     let needed_tokens = prompt_tokens + max_tokens as usize;
     if needed_tokens > info.kv_cache_tokens() {
         return Err(SubmitError::NeverFits { needed_tokens, cache_tokens: info.kv_cache_tokens() });

@@ -128,16 +128,18 @@ fn a_request_without_tokens_only_scores() {
 #[test]
 fn samples_share_the_prompt() {
     let (mut engine, handle) = engine(config());
-    let mut stream = handle.submit(request("r", 0..9, SamplingParams { n: 3, ..max_tokens(2) })).unwrap();
+    // Scoring the prompt is the first one's work alone.
+    let sampling = SamplingParams { n: 3, prompt_logprobs: Some(0), ..max_tokens(2) };
+    let mut stream = handle.submit(request("r", 0..8, sampling)).unwrap();
     let Step::Ran(first) = engine.step() else { panic!("nothing to do") };
-    assert_eq!((first.prefill_tokens, first.seqs), (9, 1));
-    // The other samples start from the two full blocks of the first one.
+    assert_eq!((first.prefill_tokens, first.seqs), (8, 1));
+    // The other samples start from the full block of the first one that leaves them a token to compute.
     let Step::Ran(second) = engine.step() else { panic!("nothing to do") };
-    assert_eq!((second.prefill_tokens, second.decode_tokens, second.seqs), (2, 1, 3));
+    assert_eq!((second.prefill_tokens, second.decode_tokens, second.seqs), (8, 1, 3));
     settle(&mut engine);
     let events = ready(&mut stream);
     for index in 0..3 {
-        assert_eq!(tokens(&events, index), [9, 10]);
+        assert_eq!(tokens(&events, index), [8, 9]);
     }
     assert_eq!(finished(&events).len(), 3);
 }

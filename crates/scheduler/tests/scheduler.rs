@@ -157,6 +157,18 @@ fn salts_and_scored_prompts_do_not_share() {
 }
 
 #[test]
+fn what_a_failed_part_left_is_not_found() {
+    let mut s = scheduler(|_| {});
+    add(&mut s, 0..20, 3);
+    step(&mut s).unwrap();
+    // The part that fails would complete a fifth block.
+    let batch = s.schedule().unwrap();
+    s.commit(&batch, &[Outcome::Failed]);
+    s.check();
+    assert_eq!((s.stats().blocks_cached, s.stats().blocks_used), (4, 0));
+}
+
+#[test]
 fn resetting_forgets_prefixes_also_of_running_sequences() {
     let mut s = scheduler(|_| {});
     let a = add(&mut s, 0..9, 4);
