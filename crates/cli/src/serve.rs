@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bitfast::{EngineArgs, LLM};
+use bitfast::EngineArgs;
 use bitfast_server::{ServeError, Server, ServerConfig, Stop};
 use clap::Args;
 
@@ -95,8 +95,11 @@ pub struct ChatFlags {
 
 /// Loads the model and serves it until the process is asked to stop.
 pub fn serve(args: &ServeArgs) -> Outcome {
-    let llm = progress::start(engine_args(args)?, args.engine.quiet)?;
-    let config = server_config(args, &llm);
+    let engine = engine_args(args)?;
+    let config = server_config(args, &engine.model);
+    // A model may take its time to load.
+    Server::check(&config, &args.http.host, args.http.port)?;
+    let llm = progress::start(engine, args.engine.quiet)?;
     let server = Server::bind(llm, config, &args.http.host, args.http.port)?;
     say!("listening on http://{}", server.address()?);
     let stop = Stop::default();
@@ -117,8 +120,8 @@ fn engine_args(args: &ServeArgs) -> bitfast::Result<EngineArgs> {
     Ok(engine)
 }
 
-fn server_config(args: &ServeArgs, llm: &LLM) -> ServerConfig {
-    let mut config = ServerConfig::new(llm.model());
+fn server_config(args: &ServeArgs, model: &str) -> ServerConfig {
+    let mut config = ServerConfig::new(model);
     if !args.http.served_model_name.is_empty() {
         config.served_model_names.clone_from(&args.http.served_model_name);
     }

@@ -62,7 +62,9 @@ const COMPLETIONS: &str = "POST /v1/completions HTTP/1.1";
 
 #[test]
 fn it_serves_until_sigterm_and_lets_live_requests_finish() {
-    let (mut child, address, _stderr) = start(&["tiny-llama", "--served-model-name", "one", "two"]);
+    let patient = u64::MAX.to_string();
+    let (mut child, address, _stderr) =
+        start(&["tiny-llama", "--shutdown-timeout", &patient, "--served-model-name", "one", "two"]);
     let models = answer(send(&address, "GET /v1/models HTTP/1.1", ""));
     assert!(models.contains("\"id\":\"one\"") && models.contains("\"root\":\"tiny-llama\""), "{models}");
     let body = r#"{"prompt": "x", "max_tokens": 200, "ignore_eos": true, "stream": true, "model": "two"}"#;
@@ -131,10 +133,13 @@ fn what_cannot_be_served_is_refused_by_name() {
     refused(&["tiny-llama", "--model", "tiny-qwen3"], "--model");
     refused(&["no-such-model"], "no-such-model");
     refused(&["tiny-llama", "--max-num-queued-reqs", "0"], "max_num_queued_reqs");
-    refused(&["tiny-llama", "--tool-call-parser", "nonsense"], "tool_call_parser");
+    // Before a model is looked for.
+    refused(&["no-such-model", "--tool-call-parser", "nonsense"], "tool_call_parser");
+    refused(&["no-such-model", "--reasoning-parser", "nonsense"], "reasoning_parser");
+    refused(&["no-such-model", "--api-key", ""], "api_key");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let output = serve(&["-q", "tiny-llama", "--port", &address.port().to_string()]).output().unwrap();
+    let output = serve(&["-q", "no-such-model", "--port", &address.port().to_string()]).output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && told.contains(&address.to_string()), "{told}");
 }

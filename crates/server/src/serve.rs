@@ -1,4 +1,3 @@
-use std::future::Future;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::pin::pin;
 use std::sync::Arc;
@@ -83,11 +82,19 @@ pub struct Server {
 }
 
 impl Server {
+    /// What [`Self::bind`] would refuse, as far as that can be known before a model is loaded.
+    pub fn check(config: &ServerConfig, host: &str, port: u16) -> Result<(), ServeError> {
+        config.check().map_err(ServeError::Config)?;
+        bound(host, port).map(drop)
+    }
+
     /// Listens on `host:port`; port 0 takes a free one.
     pub fn bind(llm: LLM, config: ServerConfig, host: &str, port: u16) -> Result<Self, ServeError> {
-        let bound = listen(host, port);
-        let bind = |source| ServeError::Bind { address: format!("{host}:{port}"), source };
-        let listener = bound.map_err(bind)?;
+        config.check().map_err(ServeError::Config)?;
+        let socket = bound(host, port)?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        let listener = std::net::TcpListener::from(socket);
         let state = AppState::new(llm, config).map_err(ServeError::Config)?;
         Ok(Self { listener, state: Arc::new(state) })
     }
@@ -139,25 +146,24 @@ impl Server {
     }
 }
 
-/// Listens on the first address of `host` that can be had.
-fn listen(host: &str, port: u16) -> std::io::Result<std::net::TcpListener> {
+/// A socket on the first address of `host` that can be had.
+fn bound(host: &str, port: u16) -> Result<Socket, ServeError> {
     let on = |address: SocketAddr| {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         // A restart need not wait for the last server's connections to be forgotten.
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        Ok(std::net::TcpListener::from(socket))
+        Ok(socket)
     };
+    let refused = |source| ServeError::Bind { address: format!("{host}:{port}"), source };
     let mut refusal = std::io::Error::new(std::io::ErrorKind::AddrNotAvailable, "the host has no address");
-    for address in (host, port).to_socket_addrs()? {
+    for address in (host, port).to_socket_addrs().map_err(refused)? {
         match on(address) {
-            Ok(listener) => return Ok(listener),
+            Ok(socket) => return Ok(socket),
             Err(error) => refusal = error,
         }
     }
-    Err(refusal)
+    Err(refused(refusal))
 }
 
 /// Takes connections in, for ever.
@@ -222,11 +228,9 @@ async fn wind_down(state: &Arc<AppState>, stop: &Stop) {
 }
 
 /// Waits until no request is under way, at most for `limit`.
-fn idle(state: &AppState, limit: Duration) -> impl Future<Output = ()> {
-    let deadline = Instant::now() + limit;
-    async move {
-        while state.in_flight() > 0 && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+async fn idle(state: &AppState, limit: Duration) {
+    let start = Instant::now();
+    while state.in_flight() > 0 && start.elapsed() < limit {
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

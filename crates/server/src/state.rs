@@ -41,6 +41,18 @@ impl ServerConfig {
     }
 }
 
+impl ServerConfig {
+    /// The error names a field.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        // Others could not be sent in a header.
+        let is_key = |key: &String| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
+        if !self.api_keys.iter().all(is_key) {
+            return Err("api_key: must be printable ASCII without spaces".to_owned());
+        }
+        Formats::named(self).map(drop)
+    }
+}
+
 /// What all handlers share.
 pub(crate) struct AppState {
     pub llm: LLM,

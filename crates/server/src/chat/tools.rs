@@ -22,15 +22,24 @@ const THINKING: [&str; 5] = ["think", "qwen3", "deepseek_r1", "deepseek_v3", "de
 impl Formats {
     /// From the configuration, else from the model's chat template. The error names the flag.
     pub fn of(llm: &LLM, config: &ServerConfig) -> Result<Self, String> {
+        let (tools, thinks) = Self::named(config)?;
+        Ok(Self {
+            tools: tools.unwrap_or_else(|| llm.tool_format()),
+            thinks: thinks.unwrap_or_else(|| llm.may_think()),
+        })
+    }
+
+    /// What the configuration names; `None`: that is left to the chat template.
+    pub fn named(config: &ServerConfig) -> Result<(Option<Option<ToolFormat>>, Option<bool>), String> {
         let tools = match config.tool_call_parser.as_deref() {
-            None | Some("auto") => llm.tool_format(),
-            Some("none") => None,
-            Some(name) => Some(name.parse().map_err(|error| format!("tool_call_parser: {error}"))?),
+            None | Some("auto") => None,
+            Some("none") => Some(None),
+            Some(name) => Some(Some(name.parse().map_err(|error| format!("tool_call_parser: {error}"))?)),
         };
         let thinks = match config.reasoning_parser.as_deref() {
-            None | Some("auto") => llm.may_think(),
-            Some("none") => false,
-            Some(name) if THINKING.contains(&name) => true,
+            None | Some("auto") => None,
+            Some("none") => Some(false),
+            Some(name) if THINKING.contains(&name) => Some(true),
             Some(name) => {
                 let known = THINKING.join(", ");
                 return Err(format!(
@@ -38,7 +47,7 @@ impl Formats {
                 ));
             }
         };
-        Ok(Self { tools, thinks })
+        Ok((tools, thinks))
     }
 }
 
