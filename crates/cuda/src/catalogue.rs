@@ -1,5 +1,7 @@
 //! Every kernel instance that the plans of the anchor models use: what a check without a GPU compiles.
 
+use std::collections::HashSet;
+
 use bitfast_ops::{LinearKind, NormDesc};
 
 use crate::attention::{AttentionSpec, Tiling};
@@ -38,23 +40,27 @@ pub struct Report {
     pub bytes: usize,
 }
 
-/// The kernels that [`plan`] picks for [`LAYERS`] over token counts to 8192, the linear reference, row kernels, attention and the sampler; each once.
+/// The kernels that [`plan`] picks for [`LAYERS`] at any number of tokens to 8192 (of logits 512), the linear reference, row kernels, attention
+/// and the sampler; each once.
 pub fn kernels() -> Vec<KernelSource> {
     let mut sources = Vec::new();
     for (_, n, k, kind) in LAYERS {
-        let spec = LinearSpec::new(kind, n, k);
-        sources.push(Variant::Reference.source(&spec));
-        let tokens = [1, 8, 9, 17, 33, 49, 65, 97, 129, 256, 384, 512, 768, 1024, 2048, 4096, 8192];
-        sources.extend(tokens.iter().map(|t| plan(&spec, *t, 132).source(&spec)));
-        if let (LinearKind::GateUp, Some(fused)) = (kind, spec.fused()) {
-            sources.push(Variant::Reference.source(&fused));
-            sources.extend(tokens.iter().map(|t| plan(&fused, *t, 132).source(&fused)));
+        let plain = LinearSpec::new(kind, n, k);
+        let fused = plain.fused().filter(|_| kind == LinearKind::GateUp);
+        for spec in [Some(plain), fused].into_iter().flatten() {
+            let tokens = 1..=if kind == LinearKind::Vocab { 512 } else { 8192 };
+            let planned: HashSet<Variant> = tokens.map(|t| plan(&spec, t, 132)).collect();
+            let mut planned: Vec<KernelSource> =
+                planned.iter().map(|variant| variant.source(&spec)).collect();
+            planned.sort_by_cached_key(KernelSource::label);
+            sources.push(Variant::Reference.source(&spec));
+            sources.extend(planned);
         }
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
     sources.extend([128_256, 151_936, 1001].into_iter().flat_map(Sampler::sources));
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = HashSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources
 }
@@ -71,7 +77,8 @@ const HEADS: [AttentionSpec; 7] = [
 ];
 
 fn attention_kernels() -> impl Iterator<Item = KernelSource> {
-    let tilings = |spec| Tiling::planned(spec).into_iter().chain([Tiling::unconstrained(spec)]);
+    let others = |spec| [Tiling::decode_whole(spec), Tiling::unconstrained(spec)];
+    let tilings = move |spec| Tiling::planned(spec).into_iter().chain(others(spec));
     HEADS.iter().flat_map(move |spec| tilings(spec).map(|tiling| tiling.source(spec)))
 }
 
