@@ -19,8 +19,8 @@ const LONG_TEXT_BYTES: usize = 16 << 10;
 /// Shares of so many bytes that are worked on at a time, over all requests: as much as the largest body.
 const SHARES: usize = MAX_BODY_BYTES / LONG_TEXT_BYTES;
 
-/// Where long texts are encoded and decoded: on threads that may take their time, and no more of them at a time than
-/// memory is for, as a tokenizer takes two hundred bytes for each byte of a text. Who comes first is first.
+/// Where texts are encoded and decoded: on threads that may take their time, and no more of the long ones at a time
+/// than memory is for, as a tokenizer takes two hundred bytes for each byte of a text. Short ones wait for nobody.
 pub(crate) struct Texts(Arc<Semaphore>);
 
 impl Default for Texts {
@@ -36,9 +36,14 @@ impl Texts {
         bytes: usize,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let shares = bytes.div_ceil(LONG_TEXT_BYTES).clamp(1, SHARES);
-        let shares = u32::try_from(shares).expect("bodies are limited");
-        let share = Arc::clone(&self.0).acquire_many_owned(shares).await.expect("it is never closed");
+        let share = match bytes {
+            0..=LONG_TEXT_BYTES => None,
+            long => {
+                let shares =
+                    u32::try_from(long.div_ceil(LONG_TEXT_BYTES).min(SHARES)).expect("there are fewer");
+                Some(Arc::clone(&self.0).acquire_many_owned(shares).await.expect("it is never closed"))
+            }
+        };
         let done = tokio::task::spawn_blocking(move || {
             // Also when the caller is gone meanwhile: the work is not.
             let _share = share;
@@ -142,5 +147,20 @@ mod tests {
             work(MAX_BODY_BYTES).await.unwrap();
         });
         assert_eq!(most.load(Ordering::SeqCst), MAX_BODY_BYTES);
+    }
+    #[test]
+    fn who_has_little_to_say_waits_for_nobody() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let texts = Texts::default();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        runtime.block_on(async {
+            let long = texts.work(MAX_BODY_BYTES, move || Ok(wait.recv().unwrap()));
+            let short = async {
+                texts.work(LONG_TEXT_BYTES, || Ok(())).await.unwrap();
+                go.send(()).unwrap();
+            };
+            let (long, ()) = tokio::join!(long, short);
+            long.unwrap();
+        });
     }
 }
