@@ -154,7 +154,10 @@ mod tests {
         let texts = Texts::default();
         let (go, wait) = std::sync::mpsc::channel::<()>();
         runtime.block_on(async {
-            let long = texts.work(MAX_BODY_BYTES, move || Ok(wait.recv().unwrap()));
+            let long = texts.work(MAX_BODY_BYTES, move || {
+                wait.recv().unwrap();
+                Ok(())
+            });
             let short = async {
                 texts.work(LONG_TEXT_BYTES, || Ok(())).await.unwrap();
                 go.send(()).unwrap();
