@@ -30,12 +30,21 @@ pub struct Bench<'a> {
 }
 
 /// What was timed.
+pub enum What {
+    Cublas,
+    /// As it was written, and how many words of its output are not those of the reference kernel.
+    Plan {
+        word: String,
+        differing: u32,
+    },
+    /// `silu(gate) * up` in a kernel of its own.
+    Product,
+}
+
 pub struct Timed {
-    pub name: String,
+    pub what: What,
     /// A launch's microseconds.
     pub us: f64,
-    /// Words of output that are not those of the reference kernel; 0 for what is not compared.
-    pub differing: u32,
 }
 
 impl<'a> Bench<'a> {
@@ -62,9 +71,9 @@ impl<'a> Bench<'a> {
     /// where a plan includes the product of gates and ups, that product alone; in this order.
     pub fn measure(&self, group: &Group, cublas: &mut [Linears]) -> Result<Vec<Timed>> {
         let tokens = group.tokens;
-        let (mut names, mut graphs) = (Vec::new(), Vec::new());
+        let (mut whats, mut graphs) = (Vec::new(), Vec::new());
         for linears in cublas {
-            names.push(("cuBLASLt".to_owned(), 0));
+            whats.push(What::Cublas);
             graphs.push(self.by_cublas(linears, &group.spec, tokens)?);
         }
         let mut reference = None;
@@ -79,7 +88,8 @@ impl<'a> Bench<'a> {
             let linear = Linear::new(self.device, self.jit, plan.spec, plan.variant)?;
             self.y.fill(&self.stream, 0xff)?;
             self.run(&linear, &self.y, tokens)?;
-            names.push((plan.word.clone(), self.differing(tokens * row_bytes(&plan.spec))?));
+            let differing = self.differing(tokens * row_bytes(&plan.spec))?;
+            whats.push(What::Plan { word: plan.word.clone(), differing });
             graphs.push(self.by_us(&linear, &plan.spec, tokens)?);
             kernels.push(linear);
         }
@@ -88,12 +98,11 @@ impl<'a> Bench<'a> {
         if let Some(silu) = &silu {
             let overlap = Overlap::WithPrevious;
             let launch = |_| silu.launch(&self.stream, overlap, tokens, &self.y_reference, &self.y);
-            names.push(("the product alone".to_owned(), 0));
+            whats.push(What::Product);
             graphs.push((self.stream.capture(|| (0..20).try_for_each(launch))?, 20));
         }
         let times = time_in_turns(self.device, &self.stream, &graphs)?;
-        let timed = names.into_iter().zip(times);
-        Ok(timed.map(|((name, differing), us)| Timed { name, us, differing }).collect())
+        Ok(whats.into_iter().zip(times).map(|(what, us)| Timed { what, us }).collect())
     }
 
     /// The bytes of cuBLASLt's first row.

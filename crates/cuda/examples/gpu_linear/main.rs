@@ -18,7 +18,7 @@ mod common;
 mod bench;
 mod plans;
 
-use bench::{Bench, Timed};
+use bench::{Bench, Timed, What};
 use common::Result;
 use plans::{Group, Layer};
 
@@ -33,7 +33,10 @@ fn main() -> Result<()> {
     let device = Device::open(0)?;
     let groups = match what.as_str() {
         "baseline" => plans::picked(device.sms()),
-        file => plans::read(&std::fs::read_to_string(file)?, device.sms())?,
+        file => {
+            let text = std::fs::read_to_string(file).map_err(|e| format!("{file}: {e}"))?;
+            plans::read(&text, device.sms())?
+        }
     };
     let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
     let began = Instant::now();
@@ -66,7 +69,7 @@ fn main() -> Result<()> {
 
 /// How many plans differ from the reference kernel.
 fn differ(timed: &[Timed]) -> usize {
-    timed.iter().filter(|t| t.differing > 0).count()
+    timed.iter().filter(|t| matches!(t.what, What::Plan { differing: 1.., .. })).count()
 }
 
 /// A row for each group of one plan; says how many differ.
@@ -113,11 +116,18 @@ fn list(bench: &Bench<'_>, library: &CublasLt, groups: &[Group]) -> Result<usize
         println!("{} M={}", group.layer.name, group.tokens);
         let theirs = timed[0].us;
         timed.sort_by(|a, b| a.us.total_cmp(&b.us));
-        for Timed { name, us, differing } in timed {
+        for Timed { what, us } in timed {
             let (tflops, tbs) = (group.flops() / us / 1e6, group.bytes() / us / 1e6);
-            let bad = if differing == 0 { String::new() } else { format!(": {differing} WORDS DIFFER") };
-            let ratio = us / theirs;
-            println!("    {us:9.2} us {ratio:5.2} {tflops:6.0} TFLOP/s {tbs:5.2} TB/s  {name}{bad}");
+            let name = match what {
+                What::Product => {
+                    println!("    {us:9.2} us {:34} the product of gates and ups alone", "");
+                    continue;
+                }
+                What::Cublas => "cuBLASLt".to_owned(),
+                What::Plan { word, differing: 0 } => word,
+                What::Plan { word, differing } => format!("{word}: {differing} WORDS DIFFER"),
+            };
+            println!("    {us:9.2} us {:5.2} {tflops:6.0} TFLOP/s {tbs:5.2} TB/s  {name}", us / theirs);
         }
     }
     Ok(differing)
