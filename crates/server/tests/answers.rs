@@ -208,6 +208,11 @@ fn calls_that_the_model_makes_are_read() {
     assert_eq!(calls[0]["function"], json!({ "name": "weather", "arguments": "{\"city\": \"Zürich\"}" }));
     assert_eq!(calls[1]["function"], json!({ "name": "now", "arguments": "{}" }));
     assert_ne!(calls[0]["id"], calls[1]["id"]);
+    // One at most, when that was asked for.
+    let (said, reason) = message(&saying(text, json!({ "tools": tools(), "parallel_tool_calls": false })));
+    let calls = said["tool_calls"].as_array().unwrap();
+    assert_eq!((calls.len(), &calls[0]["function"]["name"]), (1, &json!("weather")));
+    assert_eq!(reason, "tool_calls");
     // Without tools, or with none wanted, it is text.
     for fields in [json!({}), json!({ "tools": tools(), "tool_choice": "none" })] {
         let (said, reason) = message(&saying(text, fields));

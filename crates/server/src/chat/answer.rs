@@ -81,6 +81,7 @@ impl ChatForm {
         let mut parser = self.reading.parser();
         let mut parts = parser.push(&sample.text);
         parts.extend(parser.finish());
+        let parts = self.reading.told(parts);
         let called = parts.iter().any(is_call);
         ChatChoice {
             index: sample.index,
@@ -190,6 +191,7 @@ impl Encoder for Answers {
         if chunk.finish_reason.is_some() {
             parts.extend(sample.parser.finish());
         }
+        let parts = form.reading.told(parts);
         sample.called |= parts.iter().any(is_call);
         let logprobs = chunk.logprobs.as_deref().and_then(|rows| form.shown_logprobs(state, rows));
         if parts.is_empty() && logprobs.is_none() && !form.token_ids && chunk.finish_reason.is_none() {

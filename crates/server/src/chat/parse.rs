@@ -11,6 +11,8 @@ pub(crate) struct Reading {
     pub thinking: Option<Thinking>,
     /// How tools are called, and which there are; `None`: no call is looked for.
     pub tools: Option<(ToolFormat, Vec<String>)>,
+    /// Further calls are left out: `parallel_tool_calls` is false, and the model made more all the same.
+    pub one_call: bool,
 }
 
 impl Reading {
@@ -27,6 +29,15 @@ impl Reading {
         let tools =
             self.tools.as_ref().map(|(format, names)| ToolParser::new(*format, names.iter().cloned()));
         AnswerParser::new(self.thinking, tools)
+    }
+}
+
+impl Reading {
+    /// What of an answer's parts is told.
+    pub fn told(&self, mut parts: Vec<AnswerPart>) -> Vec<AnswerPart> {
+        let further = |part: &AnswerPart| matches!(part, AnswerPart::Call { index, .. } | AnswerPart::Arguments { index, .. } if *index > 0);
+        parts.retain(|part| !(self.one_call && further(part)));
+        parts
     }
 }
 

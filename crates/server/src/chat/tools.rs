@@ -112,6 +112,11 @@ impl Offer {
         Some(self.format(formats).grammar(functions, many, thinking).into())
     }
 
+    /// Whether an answer may have one call at most.
+    pub fn one_call(&self) -> bool {
+        !self.parallel
+    }
+
     /// How calls in the answer are read.
     pub fn reading(&self, formats: &Formats) -> Option<(ToolFormat, Vec<String>)> {
         let names = || self.functions.iter().map(|(name, _)| name.clone()).collect();

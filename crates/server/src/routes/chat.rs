@@ -53,7 +53,7 @@ pub(crate) async fn chat(
     let demanded = offer.demand(formats, thinking);
     let asked = crate::structured::asked(&common)?;
     crate::structured::apply(&state, asked, demanded, thinking, &mut params).await?;
-    let reading = Reading { thinking, tools: offer.reading(formats) };
+    let reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
     params.skip_special_tokens &= !reading.needs_special(&state.llm);
     let form = form.read_as(reading);
     let named = |error: ApiError| error.renamed("logprobs", "top_logprobs").renamed("prompt", "messages");

@@ -59,7 +59,7 @@ pub(crate) async fn respond(
     let encoded = prompts::encode_chat(&state, bytes, messages, options, false).await;
     let (prompt, text) = encoded.map_err(named)?;
     let thinking = state.formats.thinks.then(|| Thinking::after(&text));
-    form.reading = Reading { thinking, tools: None };
+    form.reading = Reading { thinking, ..Reading::default() };
     let asked = structured::text_format(request.text.as_ref())?;
     structured::apply(&state, asked, None, thinking, &mut params).await?;
     let running = Running::start(&state, Job { prompts: vec![prompt], params, rank });
