@@ -362,6 +362,7 @@ fn benchmarks_report_what_they_ran() {
     );
 
     refused(&bench(&["latency", "--batch-size", "0"]), "batch-size: ");
+    refused(&bench(&["latency", "--num-iters-warmup", "18446744073709551615"]), "num-iters-warmup: ");
     refused(&bench(&["latency", "--input-len", "5000"]), "maximum context length");
     refused(&bench(&["throughput", "--output-json", "/no/such/r.json"]), "/no/such/r.json");
 }
