@@ -1,3 +1,4 @@
+use super::plan::keep_some;
 use super::*;
 
 fn refused(text: &str) -> String {
@@ -31,12 +32,15 @@ fn the_servers_forms_are_read() {
     let completion = r#"{"id": "cmpl-1", "object": "text_completion", "system_fingerprint": "f", "choices": [
         {"index": 0, "text": "x", "finish_reason": "length", "prompt_token_ids": [1, 2], "token_ids": [7], "seed": 3,
          "logprobs": {"text_offset": [0], "token_logprobs": [-0.5], "tokens": ["x"], "top_logprobs": [{"x": -0.5}]}},
-        {"index": 1, "prompt_token_ids": [4], "token_ids": [8, 9],
+        {"index": 5, "sample": 1, "prompt_token_ids": [4], "token_ids": [8, 9], "sampling": {"temperature": 0.5, "top_p": 1.0,
+         "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
          "logprobs": {"token_logprobs": [null, -1.5, -2.5], "tokens": [], "top_logprobs": []}}]}"#;
     let all = Transcript::parse(completion).unwrap();
     assert_eq!(all.len(), 2);
     assert_eq!((all[0].name.as_str(), all[0].seed), ("cmpl-1[0]", Some(3)));
     assert_eq!(all[0].samples[0].logprobs[0].logprob, -0.5);
+    assert_eq!((all[1].name.as_str(), all[1].samples[0].index), ("cmpl-1[5]", 1));
+    assert_eq!(all[1].sampling.as_ref().map(|s| s.temperature), Some(0.5));
     assert_eq!(all[1].prompt_logprobs, [None], "the echoed prompt's first token");
     assert_eq!(all[1].samples[0].logprobs.iter().map(|l| l.logprob).collect::<Vec<_>>(), [-1.5, -2.5]);
     let chat = r#"{"id": "chatcmpl-1", "prompt_token_ids": [1, 2], "system_fingerprint": "f", "choices": [

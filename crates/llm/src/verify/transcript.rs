@@ -130,6 +130,9 @@ struct Choice {
     token_ids: Option<Vec<u32>>,
     logprobs: Option<ChoiceLogprobs>,
     seed: Option<u64>,
+    sampling: Option<Sampling>,
+    /// Of a completion, whose choices may be of several prompts.
+    sample: Option<u32>,
 }
 
 /// Columns of a completion, or rows of a chat.
@@ -212,14 +215,15 @@ impl Form {
             }
             let logprobs = logprobs.into_iter().map(|l| l.map(alone).ok_or("logprobs has a null"));
             let logprobs = logprobs.collect::<Result<_, _>>()?;
+            let index = choice.sample.unwrap_or(choice.index);
             let transcript = Transcript {
                 name: format!("{name}[{}]", choice.index),
                 system_fingerprint: self.system_fingerprint.clone(),
                 prompt_token_ids,
                 prompt_logprobs,
-                samples: vec![RecordedSample { index: choice.index, token_ids, logprobs }],
+                samples: vec![RecordedSample { index, token_ids, logprobs }],
                 seed: choice.seed,
-                sampling: None,
+                sampling: choice.sampling,
             };
             transcript.check()
         });
