@@ -11,6 +11,29 @@ pub enum Dtype {
     F32,
 }
 
+/// The bits of an fp8 number with 4 exponent and 3 mantissa bits: no infinities, the largest is 448. No op takes it yet; class `hopper` defines what
+/// its tensor core makes of it ([`crate::reference::mat_step_e4m3`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct E4m3(pub u8);
+
+impl E4m3 {
+    /// Whether it is no number.
+    pub fn is_nan(self) -> bool {
+        self.0 & 0x7F == 0x7F
+    }
+
+    /// Exact.
+    pub fn to_f32(self) -> f32 {
+        let (exponent, mantissa) = (i32::from(self.0 >> 3 & 15), f32::from(self.0 & 7));
+        let magnitude = match exponent {
+            _ if self.is_nan() => f32::NAN,
+            0 => mantissa * 2f32.powi(-9),
+            _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+        };
+        if self.0 >> 7 == 1 { -magnitude } else { magnitude }
+    }
+}
+
 /// A bf16 tensor in host memory, row-major and dense; weights reach a backend in this form.
 #[derive(Clone, Debug)]
 pub struct HostTensor<'a> {

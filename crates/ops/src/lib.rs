@@ -22,7 +22,7 @@ pub use backend::{
 };
 pub use batch::{BatchInputs, SeqInput};
 pub use contract::Class;
-pub use dtype::{Dtype, HostTensor};
+pub use dtype::{Dtype, E4m3, HostTensor};
 pub use half::bf16;
 pub use observe::{OpId, OpObserver, OpSpan};
 pub use sampler::{GREEDY_BELOW, sample_row};

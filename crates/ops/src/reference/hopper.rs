@@ -17,7 +17,7 @@ const ZERO_EXPONENT: i32 = -133;
 /// is +0. Beyond fp32's range the result is infinity; a NaN or infinite term gives what IEEE sums of the terms do.
 pub(super) fn step(acc: f32, a: &[bf16; HOPPER_CHUNK_K], b: &[bf16; HOPPER_CHUNK_K]) -> f32 {
     if !acc.is_finite() || a.iter().chain(b).any(|x| !x.is_finite()) {
-        return a.iter().zip(b).fold(acc as f64, |sum, (a, b)| sum + a.to_f64() * b.to_f64()) as f32;
+        return nonfinite_sum(acc, a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()));
     }
     let acc = Term::of_f32(acc);
     let products: [Term; HOPPER_CHUNK_K] = std::array::from_fn(|i| Term::of_product(a[i], b[i]));
@@ -25,6 +25,11 @@ pub(super) fn step(acc: f32, a: &[bf16; HOPPER_CHUNK_K], b: &[bf16; HOPPER_CHUNK
     let largest = products.iter().filter(|t| t.significand != 0).map(|t| t.exponent).fold(least, i32::max);
     let sum = products.iter().fold(acc.aligned(largest), |sum, t| sum + t.aligned(largest));
     round_toward_zero(sum, largest - FRACTION_BITS)
+}
+
+/// What IEEE sums give where a term is a NaN or infinite.
+pub(super) fn nonfinite_sum(acc: f32, products: impl Iterator<Item = f64>) -> f32 {
+    products.fold(acc as f64, |sum, product| sum + product) as f32
 }
 
 /// `significand * 2^(exponent - FRACTION_BITS)`.

@@ -4,6 +4,7 @@
 //! Only the matrix-product step ([`mat_step`]) depends on the class. Tensors are dense and row-major.
 
 mod attention;
+mod e4m3;
 mod hopper;
 mod linear;
 mod portable;
@@ -15,6 +16,7 @@ use crate::Class;
 use crate::contract::PORTABLE_CHUNK_K;
 
 pub use attention::attention;
+pub use e4m3::{E4M3_CHUNK_K, dot_e4m3, mat_step_e4m3};
 pub use linear::{gate_up, linear, linear_f32};
 pub use rows::{add_rms_norm, embed, qk_norm, rms_norm, rope, silu_mul};
 
