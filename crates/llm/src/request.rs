@@ -69,9 +69,9 @@ impl Request {
 pub struct Stream {
     pub(crate) assembler: Assembler,
     pub(crate) events: mpsc::Receiver<Event>,
-    pub(crate) fleet: Fleet,
-    /// `None` after the last event.
+    /// `None` after the last event. Before the fleet, whose last owner waits until its requests have ended.
     pub(crate) guard: Option<RequestGuard>,
+    pub(crate) fleet: Fleet,
 }
 
 impl Stream {
