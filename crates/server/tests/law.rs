@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bitfast_llm::{EngineArgs, LoadFormat, Transcript, Verification, Verifier, VerifyOptions};
 use common::http::Reply;
 use common::{Client, Running, eventually, is_idle, tiny};
 use serde_json::{Value, json};
@@ -136,6 +138,49 @@ fn engines_that_share_the_work_give_the_bits_of_one() {
     let page = three.client.get("/metrics").text();
     let idle = page.lines().filter(|l| l.starts_with("vllm:generation_tokens_total") && l.ends_with("} 0"));
     assert_eq!(idle.count(), 0, "an engine had nothing to do");
+}
+
+#[test]
+fn answers_can_be_derived_again_with_every_choice() {
+    let server = Running::start(tiny(|_| ()), |_| ());
+    let s = server.client;
+    let args = EngineArgs {
+        load_format: LoadFormat::Dummy,
+        threads: NonZeroUsize::new(1),
+        ..EngineArgs::new("tiny-llama")
+    };
+    let verified = |text: &str| -> Vec<Verification> {
+        let transcripts = Transcript::parse(text).unwrap();
+        let mut verifier = Verifier::new(&args, &transcripts, &mut |_| ()).unwrap();
+        let mut verify = |t| verifier.verify(t, &VerifyOptions::default(), &mut |_| ()).unwrap();
+        transcripts.iter().map(&mut verify).collect()
+    };
+    let fields = json!({
+        "max_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 5, "n": 2, "frequency_penalty": 0.5, "ignore_eos": true,
+        "return_token_ids": true,
+    });
+    let with = |more: Value| {
+        let all = [fields.clone(), more].map(|part| part.as_object().unwrap().clone());
+        Value::from_iter(all.into_iter().flatten())
+    };
+    let completion = with(json!({ "prompt": ["a", "river", "of stones"], "logprobs": 2 }));
+    let messages = json!([{ "role": "user", "content": "q" }]);
+    let chat = with(json!({ "messages": messages, "logprobs": true, "top_logprobs": 1 }));
+    for (path, body, count) in [("/v1/completions", completion, 6), ("/v1/chat/completions", chat, 2)] {
+        let text = s.post(path, &body).text();
+        let reports = verified(&text);
+        assert_eq!(reports.len(), count);
+        for report in &reports {
+            assert_eq!(
+                (report.difference.as_ref(), report.logprobs, report.choices),
+                (None, 12, 12),
+                "{path}"
+            );
+        }
+        // The control: other draws choose other tokens.
+        let others = verified(&text.replace("\"seed\":5", "\"seed\":6"));
+        assert!(others.iter().all(|report| report.difference.is_some()), "{path}");
+    }
 }
 
 /// The control: without the law the comparison finds differences.

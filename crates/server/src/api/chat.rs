@@ -1,4 +1,4 @@
-use bitfast_llm::{ChatMessage, PositionLogprobs, StopReason};
+use bitfast_llm::{ChatMessage, PositionLogprobs, Sampling, StopReason};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
@@ -91,6 +91,10 @@ pub(crate) struct ChatChoice<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// Key of the random stream in use.
     pub seed: u64,
+    /// What chose the tokens, when their ids were asked for: `bitfast verify` chooses them again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub sampling: Option<&'a Sampling>,
 }
 
 /// What the model said.
@@ -178,6 +182,10 @@ pub(crate) struct ChunkChoice<'a> {
     /// Key of the random stream in use; with the sample's end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// What chose the tokens, with the sample's end, when their ids were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub sampling: Option<&'a Sampling>,
 }
 
 /// What was added to a message.

@@ -1,7 +1,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use bitfast_llm::{FinishReason, PositionLogprobs, StopReason};
+use bitfast_llm::{FinishReason, PositionLogprobs, Sampling, StopReason};
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, SeqAccess, Unexpected, Visitor};
 use serde::ser::SerializeMap;
@@ -177,6 +177,13 @@ pub(crate) struct CompletionChoice<'a> {
     /// Key of the random stream in use; with the sample's end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// What chose the tokens, with the sample's end, when their ids were asked for: `bitfast verify` chooses them again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub sampling: Option<Cow<'a, Sampling>>,
+    /// Number of the sample among those of its prompt, beside `sampling`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<u32>,
 }
 
 /// Columns of logprobs, one entry a token. Floats are the shortest text that reads back to the same fp32.

@@ -91,6 +91,7 @@ impl ChatForm {
             stop_reason: sample.stop_reason.as_ref(),
             token_ids: self.token_ids.then_some(&sample.token_ids),
             seed: output.seed,
+            sampling: self.token_ids.then_some(&output.sampling),
         }
     }
 
@@ -163,6 +164,7 @@ impl Answers {
             stop_reason: None,
             token_ids: None,
             seed: None,
+            sampling: None,
         };
         let usage = self.options.every_usage().then(|| running.usage());
         let mut chunk = self.form.chunk(&self.state, vec![choice], usage);
@@ -205,6 +207,7 @@ impl Encoder for Answers {
             stop_reason: chunk.stop_reason.as_ref().map(Cow::Borrowed),
             token_ids: form.token_ids.then_some(Cow::Borrowed(&chunk.token_ids[..])),
             seed: chunk.finish_reason.map(|_| running.output(0).seed),
+            sampling: chunk.finish_reason.filter(|_| form.token_ids).map(|_| &running.output(0).sampling),
         };
         let usage = options.every_usage().then(|| running.usage());
         out.data(&form.chunk(state, vec![choice], usage));

@@ -153,6 +153,8 @@ impl Form {
             prompt_token_ids: self.token_ids.then(|| Cow::Borrowed(&output.prompt_token_ids[..])),
             token_ids: self.token_ids.then(|| Cow::Borrowed(&sample.token_ids[..])),
             seed: Some(output.seed),
+            sampling: self.token_ids.then_some(Cow::Borrowed(&output.sampling)),
+            sample: self.token_ids.then_some(sample.index),
         }
     }
 
@@ -220,6 +222,9 @@ impl Chunks {
             prompt_token_ids: (first && form.token_ids).then(|| Cow::Owned(output.prompt_token_ids.clone())),
             token_ids: form.token_ids.then(|| Cow::Owned(chunk.token_ids.clone())),
             seed: chunk.finish_reason.map(|_| output.seed),
+            sampling: (form.token_ids && chunk.finish_reason.is_some())
+                .then(|| Cow::Owned(output.sampling.clone())),
+            sample: (form.token_ids && chunk.finish_reason.is_some()).then_some(chunk.index),
         }
     }
 }
