@@ -100,7 +100,7 @@ impl Hub {
         let info = match api.repo(repo(revision)).info() {
             Ok(info) => info,
             // Unreachable hub: what is cached for this revision is as good as it was when it was fetched.
-            Err(ApiError::RequestError(e)) if cached.is_some() && !is_status(&e) => {
+            Err(ApiError::RequestError(e)) if cached.is_some() && status(&e.to_string()).is_none() => {
                 return Ok(cached.expect("checked"));
             }
             Err(e) => return Err(failed(e)),
@@ -141,14 +141,13 @@ impl Hub {
 
     fn explain(&self, id: &str, revision: &str, error: ApiError) -> Error {
         let text = error.to_string();
-        if text.contains("404") {
-            let message = format!("the hub has no such model or revision ({revision})");
-            return Error::UnknownModel { name: id.into(), message };
-        }
-        let hint = if text.contains("401") || text.contains("403") {
-            "; the model is gated or private: set HF_TOKEN"
-        } else {
-            "; is there a network? A model folder or .gguf file needs none"
+        let hint = match status(&text) {
+            Some(404) => {
+                let message = format!("the hub has no such model or revision ({revision})");
+                return Error::UnknownModel { name: id.into(), message };
+            }
+            Some(401 | 403) => "; the model is gated or private: set HF_TOKEN",
+            _ => "; is there a network? A model folder or .gguf file needs none",
         };
         Error::Fetch { what: id.into(), message: format!("{text}{hint}") }
     }
@@ -180,8 +179,10 @@ fn only_gguf(folder: &Path) -> Option<PathBuf> {
     if has("safetensors").is_some() { None } else { has("gguf") }
 }
 
-fn is_status(error: &impl std::fmt::Display) -> bool {
-    error.to_string().contains("status")
+/// The HTTP status in the words of an error of the hub's client; other numbers are those of files, ports and commits.
+fn status(error: &str) -> Option<u16> {
+    let (_, rest) = error.split_once("http status: ")?;
+    rest.get(..3)?.parse().ok()
 }
 
 struct Report<'a> {
@@ -218,6 +219,14 @@ mod tests {
         for bad in ["", "/", "a", "a/", "/b", "a/b/c", "../b", "a/..", "a b/c", "a/-b"] {
             assert!(!is_id(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_status_is_no_other_number() {
+        assert_eq!(status("request error: http status: 404"), Some(404));
+        assert_eq!(status("Too many retries: request error: http status: 503"), Some(503));
+        assert_eq!(status("Lock acquisition failed: /cache/blobs/4044030.lock"), None);
+        assert_eq!(status("request error: io: Connection refused (127.0.0.1:40404)"), None);
     }
 
     #[test]
