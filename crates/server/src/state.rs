@@ -45,9 +45,11 @@ impl ServerConfig {
     /// The error names a field.
     pub(crate) fn check(&self) -> Result<(), String> {
         // Others could not be sent in a header.
-        let is_key = |key: &String| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
+        let is_key = |key: &String| {
+            !key.is_empty() && key.trim() == key && key.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+        };
         if !self.api_keys.iter().all(is_key) {
-            return Err("api_key: must be printable ASCII without spaces".to_owned());
+            return Err("api_key: must be printable ASCII, without spaces at its ends".to_owned());
         }
         Formats::named(self).map(drop)
     }
