@@ -1,8 +1,7 @@
 //! The card as a [`Backend`] of class `hopper`: weights as they come, activations in buffers of the largest step, launches queued on one stream
 //! with programmatic overlap, steps that only decode captured and replayed.
 
-use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use bitfast_ops::{
@@ -15,70 +14,28 @@ mod ahead;
 mod graphs;
 mod kernels;
 mod memory;
+mod open;
 mod profile;
 mod step;
 
 pub use memory::{Kv, Param, Tensor, Weight};
+pub use open::CudaOptions;
 
 use crate::CudaError;
 use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
 use crate::driver::{Buffer, Device, Overlap, Staging, Stream};
-use crate::jit::Jit;
 use crate::linear::{LinearSpec, Output};
 use crate::rows::{QkvPrepArgs, QkvPrepSpec};
-use crate::unconstrained::{self, Choice, CublasLt};
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
+use open::{Loaded, Orders};
 use profile::Profile;
 use step::{Limits, Splits, Step};
 
 /// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
 /// steps, partial results of attention.
 const OWN_BYTES: u64 = 1 << 30;
-/// Measured where steps are captured (their sizes are few) and a little beyond.
-const CUBLASLT_CHOICE: Choice = Choice::Fastest { of: 4, rows: 512 };
-
-/// How to open a [`CudaBackend`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct CudaOptions {
-    /// Which device.
-    pub ordinal: usize,
-    /// Part of the device's memory that may be used in all, above 0 and at most 1.
-    pub memory_utilization: f64,
-    /// Capture steps that only decode.
-    pub graphs: bool,
-    /// NVRTC's library; `None`: where the loader finds it.
-    pub nvrtc: Option<PathBuf>,
-    /// False: the unconstrained mode, by cuBLASLt.
-    pub batch_invariant: bool,
-    /// cuBLASLt's library; `None`: where the loader finds it, or beside NVRTC. Only the unconstrained mode needs it.
-    pub cublaslt: Option<PathBuf>,
-    /// Folder for compiled kernels; `None`: they are compiled at every start.
-    pub kernel_cache: Option<PathBuf>,
-}
-
-impl Default for CudaOptions {
-    fn default() -> Self {
-        Self {
-            ordinal: 0,
-            memory_utilization: 0.9,
-            graphs: true,
-            nvrtc: None,
-            batch_invariant: true,
-            cublaslt: None,
-            kernel_cache: None,
-        }
-    }
-}
-
-/// Whose orders are computed in.
-enum Orders {
-    /// The contract's.
-    Law,
-    /// cuBLASLt's linears and splits of attention by occupancy: they follow the batch.
-    Unconstrained(Box<unconstrained::Linears>),
-}
 
 /// One H100 or H200 as a [`Backend`]: one rank.
 pub struct CudaBackend {
@@ -104,66 +61,7 @@ pub struct CudaBackend {
     loaded: Loaded,
 }
 
-/// Sizes of what a model was given.
-struct Loaded {
-    /// Most rows of an activation buffer.
-    most_rows: Cell<usize>,
-    /// Fewest rows of a buffer for logits.
-    logit_rows: Cell<usize>,
-    /// Its columns.
-    vocab: Cell<usize>,
-    /// Most outputs of a layer of gate and up rows whose product is another launch.
-    gate_up: Cell<usize>,
-    /// Rows of the longest rotation table.
-    positions: Cell<usize>,
-    /// Tokens that the cache holds.
-    kv_tokens: Cell<usize>,
-}
-
 impl CudaBackend {
-    /// Opens the device and the compiler.
-    ///
-    /// # Errors
-    /// No driver, an old one, no such device, another architecture, no NVRTC or one that is not for the driver; a card that fails the self-check; in the unconstrained mode, no
-    /// cuBLASLt.
-    pub fn new(options: &CudaOptions) -> Result<Self, CudaError> {
-        let device = Device::open(options.ordinal)?;
-        let stream = device.stream()?;
-        let jit = Jit::new(options.nvrtc.as_deref(), options.kernel_cache.clone())?;
-        jit.require_driver(&device)?;
-        let orders = if options.batch_invariant {
-            // Whoever promises bits looks first whether the card computes them.
-            crate::selfcheck::require(&device, &jit)?;
-            Orders::Law
-        } else {
-            let library = CublasLt::open(&device, &jit, options.cublaslt.as_deref())?;
-            Orders::Unconstrained(Box::new(unconstrained::Linears::new(&library, CUBLASLT_CHOICE)?))
-        };
-        Ok(Self {
-            name: format!("cuda:{}", options.ordinal),
-            memory_utilization: options.memory_utilization,
-            kernels: Kernels::new(&device, jit),
-            orders,
-            step: Step::new(&device, &stream)?,
-            graphs: options.graphs.then(Graphs::default),
-            heads: Vec::new(),
-            gate_up: None,
-            unprepared: Some(BatchInputs::default()),
-            staging: RefCell::new(None),
-            profile: None,
-            loaded: Loaded {
-                most_rows: Cell::new(0),
-                logit_rows: Cell::new(usize::MAX),
-                vocab: Cell::new(0),
-                gate_up: Cell::new(0),
-                positions: Cell::new(0),
-                kv_tokens: Cell::new(0),
-            },
-            device,
-            stream,
-        })
-    }
-
     /// Why compiled kernels are not kept, if one could not be; told once.
     pub fn unkept_kernels(&self) -> Option<CudaError> {
         self.kernels.unkept()
