@@ -236,6 +236,16 @@ impl Report {
         self
     }
 
+    /// What a latency's figures are of. ms
+    fn values(&self, name: &str) -> &[f64] {
+        match name {
+            "ttft" => &self.ttfts,
+            "tpot" => &self.tpots,
+            "itl" => &self.itls,
+            _ => &self.e2els,
+        }
+    }
+
     fn number(&self, key: &str) -> f64 {
         self.json[key].as_f64().unwrap_or(0.0)
     }
@@ -270,7 +280,10 @@ impl Report {
             let percentiles = self.shown.percentiles.iter().map(|p| (format!("P{p}"), format!("p{p}")));
             let means = [("Mean", "mean"), ("Median", "median")].map(|(a, b)| (a.to_string(), b.to_string()));
             for (label, key) in means.into_iter().chain(percentiles) {
-                lines.push(line(&format!("{label} {short} (ms):"), two(&format!("{key}_{name}_ms"))));
+                // The JSON has zeros there, as vLLM's.
+                let none = self.values(name).is_empty();
+                let value = if none { "-".to_string() } else { two(&format!("{key}_{name}_ms")) };
+                lines.push(line(&format!("{label} {short} (ms):"), value));
             }
         }
         lines.push("=".repeat(50));

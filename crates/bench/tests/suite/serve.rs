@@ -99,6 +99,18 @@ async fn figures_are_the_true_ones_under_vllms_names() {
         assert!(table.contains(label), "{label} in\n{table}");
     }
     assert!(report.html().contains("<svg"));
+    // An answer of one token has no time between tokens.
+    let Dataset::Random { input_len, range_ratio, prefix_len, vocab_size, .. } = settings(&fake).dataset
+    else {
+        unreachable!("that is the dataset")
+    };
+    let dataset = Dataset::Random { input_len, output_len: 1, range_ratio, prefix_len, vocab_size };
+    let table = measure(&Settings { dataset, ..settings(&fake) }).await.table();
+    let words = |label: &str| table.lines().find(|l| l.starts_with(label)).unwrap().split_whitespace().last();
+    assert_eq!(
+        (words("Mean TPOT"), words("P99 ITL"), words("Mean E2EL")),
+        (Some("-"), Some("-"), Some("5.00"))
+    );
 }
 
 #[tokio::test(start_paused = true)]
