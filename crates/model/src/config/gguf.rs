@@ -1,8 +1,11 @@
 //! Configs from GGUF metadata.
 
+use std::collections::BTreeSet;
+
 use super::{Architecture, ModelConfig, Rope, RopeScaling};
 use crate::ConfigError;
 use crate::gguf::{GgmlType, Gguf, MetaValue};
+use crate::weights::gguf_name;
 
 /// What llama.cpp assumes when the key is absent.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -102,7 +105,7 @@ impl ModelConfig {
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
             eos_token_ids.extend(meta.token(key).filter(|id| !eos_token_ids.contains(id)));
         }
-        ModelConfig {
+        let config = ModelConfig {
             architecture,
             hidden_size,
             num_layers: keys.required_count("block_count")?,
@@ -122,7 +125,28 @@ impl ModelConfig {
             bos_token_id: meta.token("tokenizer.ggml.bos_token_id"),
             eos_token_ids,
         }
-        .validated(gguf.origin(), &|field| format!("{}.{}", keys.arch, key_of(field)))
+        .validated(gguf.origin(), &|field| format!("{}.{}", keys.arch, key_of(field)))?;
+        refuse_what_is_not_run(gguf, &config)?;
+        Ok(config)
+    }
+}
+
+/// Tensors that the forward passes do without: rotations that follow from the config, read elsewhere or of old files.
+const UNUSED: [&str; 2] = ["rope_freqs.weight", "attn_rot_embd.weight"];
+
+/// Tensors that the forward pass would leave out (biases, further layers, other factors): refused, not ignored.
+fn refuse_what_is_not_run(gguf: &Gguf, config: &ModelConfig) -> Result<(), ConfigError> {
+    let asked: BTreeSet<String> =
+        crate::tensor_specs(config).iter().filter_map(|spec| gguf_name(&spec.name)).collect();
+    let unused =
+        |name: &str| UNUSED.iter().any(|unused| name == *unused || name.ends_with(&format!(".{unused}")));
+    match gguf.tensors().find(|(name, _)| !asked.contains(*name) && !unused(name)) {
+        None => Ok(()),
+        Some((name, _)) => Err(ConfigError::Invalid {
+            origin: gguf.origin().to_owned(),
+            field: format!("tensor {name}"),
+            problem: format!("is no part of the {} that is run here", config.architecture.gguf_name()),
+        }),
     }
 }
 

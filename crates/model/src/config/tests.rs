@@ -248,6 +248,15 @@ fn bad_gguf_metadata_is_named() {
             embedding(small_llama()).tensor("rope_freqs.weight", &[16], 0, &[0; 64]),
             "tensor rope_freqs.weight: 0 is not a finite number above 0",
         ),
+        // What would change the logits and is not run.
+        (
+            embedding(small_llama()).tensor("blk.0.attn_q.bias", &[64], 0, &[0; 256]),
+            "tensor blk.0.attn_q.bias: is no part of the llama that is run here",
+        ),
+        (
+            embedding(small_llama()).tensor("blk.1.attn_norm.weight", &[64], 0, &[0; 256]),
+            "tensor blk.1.attn_norm.weight: is no part",
+        ),
     ];
     for (w, needle) in cases {
         let e = ModelConfig::from_gguf(&w.parse().unwrap()).map(|_| ()).expect_err(needle).to_string();

@@ -131,7 +131,8 @@ fn hf_name(gguf: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{hf}"))
 }
 
-fn gguf_name(hf: &str) -> Option<String> {
+/// The name in GGUF files of what the Hugging Face layout calls `hf`.
+pub(crate) fn gguf_name(hf: &str) -> Option<String> {
     if let Some((gguf, _)) = GLOBAL.iter().find(|(_, h)| *h == hf) {
         return Some((*gguf).to_owned());
     }

@@ -8,6 +8,7 @@ use bitfast_ops::{HostTensor, bf16};
 
 pub use dummy::DummySource;
 pub use gguf::GgufSource;
+pub(crate) use gguf::gguf_name;
 pub use safetensors::SafetensorsSource;
 
 use crate::WeightError;
