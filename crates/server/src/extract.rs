@@ -17,6 +17,9 @@ pub(crate) const MAX_BODY_BYTES: usize = 8 << 20;
 /// A body has to arrive within this time.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Longer bodies take milliseconds to read.
+const LONG_BODY_BYTES: usize = 64 << 10;
+
 /// The body, whole and within its limits.
 pub(crate) struct JsonBody(Bytes);
 
@@ -49,6 +52,14 @@ impl JsonBody {
     /// Reads the body as a `T`; the error names the field. Several views of one body are read one by one, so
     /// that the shared fields of the routes are one type and errors still have a path.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        if self.0.len() <= LONG_BODY_BYTES {
+            return self.parse();
+        }
+        // What else this thread has to do, other threads do meanwhile.
+        tokio::task::block_in_place(|| self.parse())
+    }
+
+    fn parse<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         // Serde would take an array for a struct, field by field.
         if self.0.iter().find(|b| !b.is_ascii_whitespace()).is_some_and(|b| *b != b'{') {
             return Err(ApiError::new(ErrorKind::Malformed, "the body must be a JSON object"));
