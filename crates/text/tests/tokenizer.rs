@@ -213,8 +213,74 @@ fn the_same_text_gives_the_same_ids_whatever_the_file_asks_for() {
     }
 }
 
+/// Rules that tokenizer files have in their places, and what is none.
+fn replacement() -> impl Strategy<Value = serde_json::Value> {
+    prop::sample::select(vec![
+        json!(null),
+        json!(0),
+        json!(-1),
+        json!(u64::MAX),
+        json!(0.5),
+        json!(""),
+        json!("hi"),
+        json!([]),
+        json!({}),
+        json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true }),
+        json!({ "type": "Split", "pattern": { "Regex": "(a*)*b|$" }, "behavior": "Isolated", "invert": false }),
+        json!({ "type": "FixedLength", "length": 0 }),
+        json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" }),
+        json!({ "type": "BertProcessing", "sep": ["x", 7], "cls": ["y", 900] }),
+        json!({ "type": "TemplateProcessing", "single": [{ "SpecialToken": { "id": "?", "type_id": 0 } }],
+            "pair": [], "special_tokens": {} }),
+        json!({ "type": "Replace", "pattern": { "String": "h" }, "content": "" }),
+        json!({ "type": "Unigram", "unk_id": 5, "vocab": [["a", 0.0]], "byte_fallback": true }),
+        json!({ "type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 1, "vocab": { "h": 0 } }),
+    ])
+}
+
+/// All values inside of `value`, each by its path.
+fn places(value: &serde_json::Value) -> Vec<String> {
+    fn walk(value: &serde_json::Value, path: &str, places: &mut Vec<String>) {
+        let mut inside = |key: &str, value: &serde_json::Value| {
+            let path = format!("{path}/{}", key.replace('~', "~0").replace('/', "~1"));
+            walk(value, &path, places);
+            places.push(path);
+        };
+        match value {
+            serde_json::Value::Array(items) => {
+                items.iter().enumerate().for_each(|(i, item)| inside(&i.to_string(), item));
+            }
+            serde_json::Value::Object(fields) => fields.iter().for_each(|(key, field)| inside(key, field)),
+            _ => {}
+        }
+    }
+    let mut places = Vec::new();
+    walk(value, "", &mut places);
+    places
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
+    /// Damaged tokenizer files end in a tokenizer or an error, and so do texts.
+    #[test]
+    fn any_damage_to_a_file(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), replacement()), 1..3),
+        text in "[hi ▁é<>/s0\n]{0,9}",
+    ) {
+        let damaged = edited(|value| for (place, replacement) in damage {
+            let places = places(value);
+            *value.pointer_mut(place.get::<String>(&places)).unwrap() = replacement;
+        });
+        if let Ok(tokenizer) = damaged {
+            for special in [false, true] {
+                let ids = tokenizer.encode(&text, special).unwrap_or_default();
+                let _ = tokenizer.decode(&ids, SpecialTokens::Show);
+                prop_assert_eq!(tokenizer.encode(&text, special).unwrap_or_default(), ids);
+            }
+        }
+    }
+
     #[test]
     fn parts_joined_equal_the_whole(ids in prop::collection::vec(0..16u32, 0..24), skip in any::<bool>()) {
         let special = if skip { SpecialTokens::Skip } else { SpecialTokens::Show };
