@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 
 const MODEL: [&str; 8] = [
     "--model",
@@ -238,43 +238,124 @@ fn whatever_fails_is_named_at_the_end() {
     assert!(words.contains("out of cuda:0 memory: "), "{words}");
 }
 
-#[test]
-fn a_lost_card_ends_every_request_of_a_server() {
-    let machine = Machine::new();
-    let mut command = machine
-        .bitfast("after=400 fails=700 of=cuGraphLaunch", &["serve", "--host", "127.0.0.1", "--port", "0"]);
-    let mut server = command.args(MODEL).args(SMALL).stdout(Stdio::null()).spawn().unwrap();
-    let mut stderr = BufReader::new(server.stderr.take().unwrap());
-    let mut line = String::new();
-    let address = loop {
-        line.clear();
-        assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
-        if let Some(address) = line.trim().strip_prefix("listening on http://") {
-            break address.to_owned();
-        }
-    };
-    let ask = |i: usize| {
-        let stream = i.is_multiple_of(2);
-        let body = format!(
-            "{{\"prompt\": [1, 2, {i}], \"max_tokens\": 900, \"ignore_eos\": true, \"stream\": {stream}}}"
-        );
-        let mut socket = TcpStream::connect(&address).unwrap();
-        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n";
-        write!(socket, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+/// `bitfast serve` there.
+struct Server {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+    address: String,
+}
+
+impl Server {
+    fn start(machine: &Machine, fake: &str, flags: &[&str]) -> Self {
+        let mut command = machine.bitfast(fake, &["serve", "--host", "127.0.0.1", "--port", "0"]);
+        let mut child = command.args(MODEL).args(flags).stdout(Stdio::null()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        let address = loop {
+            line.clear();
+            assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
+            if let Some(address) = line.trim().strip_prefix("listening on http://") {
+                break address.to_owned();
+            }
+        };
+        Self { child, stderr, address }
+    }
+
+    fn send(&self, method: &str, path: &str, body: &str) -> String {
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        let head = "HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n";
+        write!(socket, "{method} {path} {head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut text = String::new();
         socket.read_to_string(&mut text).unwrap();
         text
-    };
+    }
+
+    fn control(&self, path: &str) {
+        let answer = self.send("POST", path, "");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+
+    /// `count` completions at once, every other one streamed; all wait before the first step. What each was answered.
+    fn answers(&self, count: usize, tokens: usize, meanwhile: impl FnOnce()) -> Vec<String> {
+        let ask = |i: usize| {
+            let stream = i.is_multiple_of(2);
+            let rest = format!("\"max_tokens\": {tokens}, \"ignore_eos\": true, \"stream\": {stream}");
+            self.send("POST", "/v1/completions", &format!("{{\"prompt\": [1, 2, {i}], {rest}}}"))
+        };
+        self.control("/debug/sleep?level=0");
+        std::thread::scope(|scope| {
+            let asked: Vec<_> = (0..count).map(|i| scope.spawn(move || ask(i))).collect();
+            let waiting = format!("}} {count}");
+            let all_wait = |metrics: &str| {
+                let mut lines = metrics.lines().filter(|l| l.starts_with("vllm:num_requests_waiting{"));
+                lines.any(|line| line.trim_end_matches(".0").ends_with(&waiting))
+            };
+            while !all_wait(&self.send("GET", "/metrics", "")) {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            self.control("/debug/wake_up");
+            meanwhile();
+            asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    /// Its exit code and what it said last.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.stderr.read_to_string(&mut rest).unwrap();
+        assert!(!rest.contains("panicked"), "{rest}");
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
+
+#[test]
+fn a_lost_card_ends_every_request_of_a_server() {
+    let machine = Machine::new();
+    let server = Server::start(&machine, "after=400 fails=700 of=cuGraphLaunch", &SMALL);
     // More than run at once: some wait when the card is lost.
-    let answers: Vec<String> = std::thread::scope(|scope| {
-        let asked: Vec<_> = (0..20).map(|i| scope.spawn(move || ask(i))).collect();
-        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    for answer in &answers {
+    for answer in server.answers(20, 900, || ()) {
         assert!(answer.contains("cuGraphLaunch failed"), "{answer}");
     }
-    let mut rest = String::new();
-    stderr.read_to_string(&mut rest).unwrap();
-    assert_eq!(server.wait().unwrap().code(), Some(1), "{rest}");
-    assert!(rest.contains("cuGraphLaunch failed") && !rest.contains("panicked"), "{rest}");
+    let (code, rest) = server.end();
+    assert_eq!(code, Some(1), "{rest}");
+    assert!(rest.contains("cuGraphLaunch failed"), "{rest}");
+}
+
+#[test]
+fn sleep_profiles_and_a_full_cache_keep_the_drivers_rules() {
+    let machine = Machine::new();
+    let traces = machine.path("traces").display().to_string();
+    std::fs::create_dir(&traces).unwrap();
+    let full = [
+        "--kv-cache-memory",
+        "1MiB",
+        "--max-num-seqs",
+        "8",
+        "--max-num-batched-tokens",
+        "64",
+        "--profile-dir",
+    ];
+    let server = Server::start(&machine, "", &[&full[..], &[&traces]].concat());
+    let paths = [
+        "profile/start",
+        "sleep?level=1",
+        "wake_up",
+        "sleep?level=2",
+        "wake_up",
+        "profile/stop",
+        "sleep?level=2",
+        "wake_up",
+    ];
+    let answers =
+        server.answers(12, 300, || paths.iter().for_each(|path| server.control(&format!("/debug/{path}"))));
+    for answer in answers {
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"length\""), "{answer}");
+    }
+    // `timeout` passes the signal on.
+    let pid = server.child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    // It says 124 for a command that ended by the signal that it sent, and else what the command said.
+    let (code, rest) = server.end();
+    assert!(matches!(code, Some(0 | 124)), "{code:?} {rest}");
+    assert!(!rest.contains("FAKE CUDA"), "{rest}");
 }
