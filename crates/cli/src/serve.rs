@@ -104,8 +104,14 @@ pub fn serve(args: &ServeArgs) -> Outcome {
     say!("listening on http://{}", server.address()?);
     let stop = Stop::default();
     // The first Ctrl-C asks the server to stop, the second one ends the process.
-    let asked = stop.clone();
-    Ok(interrupt::catch(move || asked.stop(), || server.run(&stop))?)
+    let (asked, quiet, patience) = (stop.clone(), args.engine.quiet, args.http.shutdown_timeout);
+    let stop_well = move || {
+        if !quiet {
+            say!("stopping; live requests may finish within {patience} s, Ctrl-C again does not wait");
+        }
+        asked.stop();
+    };
+    Ok(interrupt::catch(stop_well, || server.run(&stop))?)
 }
 
 fn engine_args(args: &ServeArgs) -> bitfast::Result<EngineArgs> {

@@ -87,7 +87,7 @@ fn it_serves_until_sigterm_and_lets_live_requests_finish() {
 
 #[test]
 fn ctrl_c_ends_it_well_too_and_without_patience_at_once() {
-    let (mut child, address, _stderr) = start(&["-q", "-m", "tiny-llama", "--shutdown-timeout", "0"]);
+    let (mut child, address, mut stderr) = start(&["-m", "tiny-llama", "--shutdown-timeout", "0"]);
     let body = r#"{"prompt": "x", "max_tokens": 100000, "ignore_eos": true}"#;
     let live = send(&address, COMPLETIONS, body);
     let running =
@@ -102,6 +102,9 @@ fn ctrl_c_ends_it_well_too_and_without_patience_at_once() {
     let text = answer(live);
     assert!(text.contains("\"finish_reason\":\"abort\"") || text.contains("\"length\""), "{text}");
     assert_eq!(child.wait().unwrap().code(), Some(0));
+    let mut told = String::new();
+    stderr.read_to_string(&mut told).unwrap();
+    assert!(told.starts_with("stopping; live requests may finish within 0 s"), "{told}");
 }
 
 #[test]
