@@ -153,9 +153,15 @@ impl Assembler {
         self.output
     }
 
-    /// The parameter that leaves a sample no token.
+    /// The parameter that leaves a sample no token: of those that are given, the one that takes most.
     fn constrained_by(&self) -> &'static str {
-        if self.output.sampling.constrained { "structured_outputs" } else { "allowed_token_ids" }
+        let sampling = &self.output.sampling;
+        let given = [
+            (sampling.constrained, "structured_outputs"),
+            (sampling.allowed_token_ids.is_some(), "allowed_token_ids"),
+            (sampling.min_tokens > 0, "min_tokens"),
+        ];
+        given.into_iter().find(|(given, _)| *given).map_or("bad_words", |(_, param)| param)
     }
 
     fn token(&mut self, index: u32, token: u32, logprobs: Option<TokenLogprobs>) -> Step {
@@ -342,6 +348,18 @@ mod tests {
         // Behind the end of all samples it takes nothing back.
         a.push(end(1, engine::FinishReason::Length, None)).unwrap();
         assert_eq!(a.push(failed()).unwrap(), Step::Done);
+    }
+
+    #[test]
+    fn what_leaves_no_token_is_named() {
+        let named = |params: SamplingParams| {
+            let failed = Event::Failed(Failure::Request("nothing".into()));
+            assembler(params, &[0]).push(failed).unwrap_err().to_string()
+        };
+        let allowed =
+            SamplingParams { allowed_token_ids: Some(vec![1]), min_tokens: 1, ..Default::default() };
+        assert_eq!(named(allowed), "allowed_token_ids: nothing");
+        assert_eq!(named(SamplingParams { min_tokens: 1, ..Default::default() }), "min_tokens: nothing");
     }
 
     #[test]
