@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -75,6 +75,8 @@ pub struct Engine<R: Runner> {
     /// Live requests whose tokens are to be forbidden or masked anew in every step.
     pub(crate) with_rules: usize,
     seeds_drawn: u64,
+    /// What was drained from the inbox and is yet to be done.
+    commands: VecDeque<Command>,
     /// The inbox's change count when it was last drained.
     epoch: u64,
 }
@@ -135,6 +137,7 @@ impl<R: Runner> Engine<R> {
             discarded: Vec::new(),
             with_rules: 0,
             seeds_drawn: 0,
+            commands: VecDeque::new(),
             epoch: 0,
         })
     }
@@ -222,8 +225,10 @@ impl<R: Runner> Engine<R> {
                 return Step::Ended;
             }
         }
-        if let Some(wish) = wish {
-            self.follow_sleep(wish);
+        if let Some(wish) = wish
+            && !self.follow_sleep(wish)
+        {
+            return Step::Ended;
         }
         // A pause since then holds for this step; it is followed in the next one.
         if self.shared.inbox().sleep.is_paused() {
@@ -277,12 +282,13 @@ impl<R: Runner> Engine<R> {
     }
 
     fn drain_inbox(&mut self) -> (Life, Option<Wish>) {
-        let (commands, life, wish) = {
+        let (life, wish) = {
             let mut inbox = self.shared.inbox();
             self.epoch = inbox.epoch;
-            (std::mem::take(&mut inbox.commands), inbox.life.clone(), inbox.sleep.wish())
+            self.commands.append(&mut inbox.commands);
+            (inbox.life.clone(), inbox.sleep.wish())
         };
-        for command in commands {
+        while let Some(command) = self.commands.pop_front() {
             match command {
                 Command::Submit(submission) => self.take_up(*submission),
                 Command::Abort(key) => self.abort(key),
@@ -408,16 +414,15 @@ impl<R: Runner> Engine<R> {
 
     /// Ends the engine: live and queued requests fail with `reason`, later ones are refused. All are told, also when it is a
     /// sink's panic that ends it.
-    fn die(&mut self, reason: &str) {
-        let commands = {
+    pub(crate) fn die(&mut self, reason: &str) {
+        {
             let mut inbox = self.shared.inbox();
             inbox.life = Life::Dead(reason.to_owned());
             inbox.live.clear();
             inbox.queued = 0;
-            let commands = std::mem::take(&mut inbox.commands);
+            self.commands.append(&mut inbox.commands);
             self.shared.announce(inbox);
-            commands
-        };
+        }
         let now = self.shared.clock.now();
         let failure = || Failure::Engine(reason.to_owned());
         self.owners.clear();
@@ -426,7 +431,7 @@ impl<R: Runner> Engine<R> {
         }
         // Every try tells an event, also when it panics.
         while catch_unwind(AssertUnwindSafe(|| self.tell())).is_err() {}
-        for command in commands {
+        for command in std::mem::take(&mut self.commands) {
             if let Command::Submit(mut submission) = command {
                 let _ = catch_unwind(AssertUnwindSafe(|| (submission.sink)(Event::Failed(failure()))));
             }

@@ -155,17 +155,16 @@ impl<B: Backend> Runner for ModelRunner<B> {
     }
 
     fn restore(&mut self) -> Result<(), RestoreError> {
-        let device = |e: bitfast_ops::BackendError| RestoreError::Device(e.to_string());
         let mut model = match &self.held {
             Held::All { .. } => return Ok(()),
-            Held::Weights(weights) => Arc::clone(weights).model(&self.backend).map_err(device)?,
+            Held::Weights(weights) => Arc::clone(weights).model(&self.backend)?,
             Held::Nothing => {
                 let store = self.store.as_ref().expect("weights are dropped only where a store has them");
                 store.model(&self.backend)?
             }
         };
-        let mut kv = self.backend.kv(&self.layout, self.info.num_blocks).map_err(device)?;
-        self.backend.prepare(&mut |backend| model.forward(backend, &mut kv).map(drop)).map_err(device)?;
+        let mut kv = self.backend.kv(&self.layout, self.info.num_blocks)?;
+        self.backend.prepare(&mut |backend| model.forward(backend, &mut kv).map(drop))?;
         self.held = Held::All { model, kv };
         Ok(())
     }

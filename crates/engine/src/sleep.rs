@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, PoisonError};
 
+use bitfast_ops::BackendError;
+
 use crate::engine::Engine;
 use crate::live::Place;
 use crate::runner::Runner;
@@ -62,9 +64,23 @@ pub enum RestoreError {
     /// The weights can no longer be read.
     #[error("{0}")]
     Unreadable(String),
-    /// The device refused, most likely for want of memory.
+    /// The device refused for want of memory, which may be there later.
     #[error("{0}")]
     Device(String),
+    /// The device failed. What it holds is unknown and nothing will mend it: the engine ends.
+    #[error("{0}")]
+    Lost(String),
+}
+
+impl From<BackendError> for RestoreError {
+    fn from(error: BackendError) -> Self {
+        match error {
+            BackendError::OutOfMemory { .. } | BackendError::Unsupported { .. } => {
+                Self::Device(error.to_string())
+            }
+            BackendError::Device { .. } => Self::Lost(error.to_string()),
+        }
+    }
 }
 
 /// Whether an engine sleeps.
@@ -175,8 +191,9 @@ impl Transition {
 
 impl<R: Runner> Engine<R> {
     /// Falls asleep or wakes up, as a handle asked. Between steps only. The wish is of the same look at the inbox as the
-    /// commands that were taken in: else a wake-up could overtake requests that came before it.
-    pub(crate) fn follow_sleep(&mut self, wish: Wish) {
+    /// commands that were taken in: else a wake-up could overtake requests that came before it. False if the engine has ended.
+    #[must_use]
+    pub(crate) fn follow_sleep(&mut self, wish: Wish) -> bool {
         let Wish { wanted, actual, number } = wish;
         // What follows may take its time.
         self.tell();
@@ -190,6 +207,10 @@ impl<R: Runner> Engine<R> {
             None if actual > Some(SleepLevel::Pause) => self.runner.restore(),
             None => Ok(()),
         };
+        if let Err(RestoreError::Lost(reason)) = &restored {
+            self.die(reason);
+            return false;
+        }
         let mut inbox = self.shared.inbox();
         let sleep = &mut inbox.sleep;
         sleep.done = number;
@@ -216,6 +237,7 @@ impl<R: Runner> Engine<R> {
             false => self.scheduler.resume(),
         }
         self.shared.announce(inbox);
+        true
     }
 
     /// Running sequences go back in line, the cache is forgotten, and the runner gives memory back.

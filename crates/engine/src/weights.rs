@@ -36,7 +36,7 @@ impl<B: Backend> WeightStore<B> {
     pub(crate) fn model(&self, backend: &B) -> Result<Box<dyn Model<B>>, RestoreError> {
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(weights) = packed.upgrade() {
-            return weights.model(backend).map_err(|e| RestoreError::Device(e.to_string()));
+            return Ok(weights.model(backend)?);
         }
         let (config, source) = (self.open)().map_err(RestoreError::Unreadable)?;
         let changed = |what| RestoreError::Changed { origin: source.describe(), what };
@@ -45,7 +45,7 @@ impl<B: Backend> WeightStore<B> {
         }
         let loaded = bitfast_model::load(backend, &config, &*source, &self.options, &mut |_| ());
         let loaded = loaded.map_err(|error| match error {
-            LoadError::Backend(e) => RestoreError::Device(e.to_string()),
+            LoadError::Backend(e) => e.into(),
             e => RestoreError::Unreadable(e.to_string()),
         })?;
         if loaded.weights_digest != self.weights_digest {

@@ -2,23 +2,24 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bitfast_engine::{
-    Engine, EngineHandle, Event, Health, RestoreError, Runner, RunnerError, RunnerInfo, Shutdown, SleepError,
-    SleepLevel, SleepState, Step, StepInputs, StepOutputs, SystemClock, VirtualClock,
+    Engine, EngineHandle, Event, Failure, Health, RestoreError, Runner, RunnerError, RunnerInfo, Shutdown,
+    SleepError, SleepLevel, SleepState, Step, StepInputs, StepOutputs, SystemClock, VirtualClock,
 };
 use common::*;
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// What a runner was asked for, and how many wake-ups are still to fail.
+/// What a runner was asked for, how many wake-ups are still to fail, and whether its device is lost.
 #[derive(Clone, Default)]
 struct Notes {
     calls: Arc<Mutex<Vec<String>>>,
     failures: Arc<AtomicUsize>,
+    lost: Arc<AtomicBool>,
 }
 
 impl Notes {
@@ -59,6 +60,9 @@ impl Runner for Sleeper {
 
     fn restore(&mut self) -> Result<(), RestoreError> {
         self.notes.push("restore");
+        if self.notes.lost.load(Acquire) {
+            return Err(RestoreError::Lost("the card fell off".to_owned()));
+        }
         if self.notes.failures.fetch_update(AcqRel, Acquire, |n| n.checked_sub(1)).is_ok() {
             return Err(RestoreError::Unreadable("told to fail".to_owned()));
         }
@@ -199,6 +203,27 @@ fn a_failed_wake_leaves_the_engine_asleep_with_the_reason() {
     assert_eq!(handle.sleep_state(), SleepState::Awake);
     assert_eq!(tokens(&ready(&mut stream), 0), [2, 3, 4]);
     assert_eq!(notes.take(), ["release 2", "restore", "restore", "restore"]);
+}
+
+#[test]
+fn a_device_that_is_lost_while_the_engine_sleeps_ends_every_request() {
+    let (mut engine, handle, notes) = sleeper();
+    notes.lost.store(true, Release);
+    let mut streams = vec![handle.submit(request("a", [1], max_tokens(3))).unwrap()];
+    engine.step();
+    let _ = handle.begin_pause(SleepLevel::DropWeights).unwrap();
+    engine.step();
+    streams.push(handle.submit(request("b", [2], max_tokens(3))).unwrap());
+    let transition = handle.begin_resume();
+    assert_eq!(engine.step(), Step::Ended);
+    let reason = "the card fell off".to_owned();
+    assert_eq!(transition.wait(), Err(SleepError::Dead(reason.clone())));
+    assert_eq!(handle.health(), Health::Dead(reason.clone()));
+    for mut stream in streams {
+        let last = ready(&mut stream).pop().expect("an end");
+        assert!(matches!(&last, Event::Failed(Failure::Engine(why)) if *why == reason), "{last:?}");
+    }
+    assert!(handle.submit(request("c", [3], max_tokens(3))).is_err());
 }
 
 #[test]
