@@ -229,7 +229,14 @@ async fn measure_all(settings: &Settings, sleeper: Sleeper, observer: &dyn Obser
     observer.begin((shapes.len() * settings.repeats) as u64, "rounds");
     let mut rows = Vec::new();
     for shape in &shapes {
-        rows.push(bench.measure_shape(shape).await?);
+        let row = bench.measure_shape(shape).await?;
+        // Told at once: a sweep may take long, and a later shape may fail.
+        if shapes.len() > 1 {
+            let head = rows.is_empty().then(Row::head);
+            head.iter().for_each(|head| observer.say(head));
+            observer.say(&row.line());
+        }
+        rows.push(row);
     }
     observer.end();
     let traces = match &settings.trace_dir {

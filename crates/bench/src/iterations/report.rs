@@ -94,6 +94,40 @@ impl Row {
             repeats: rounds.len(),
         }
     }
+
+    /// Above the lines of rows.
+    pub(super) fn head() -> String {
+        format!(
+            "{:>8} {:>8} {:>8} {:>6} {:>6} {:>12} {:>14} {:>12} {:>17} {:>12}",
+            "Mode",
+            "Context",
+            "Input",
+            "Batch",
+            "Iters",
+            "Total(ms)",
+            "Per-Iter(ms)",
+            "Tokens/s",
+            "p10..p90(ms)",
+            "Server(ms)"
+        )
+    }
+
+    /// As a line of the table.
+    pub(super) fn line(&self) -> String {
+        let spread = format!("{:.2}..{:.2}", self.client_per_iter_ms.p10, self.client_per_iter_ms.p90);
+        let server = self.server_step_ms.as_ref().map_or("-".to_string(), |s| format!("{:.3}", s.median));
+        format!(
+            "{:>8} {:>8} {:>8} {:>6} {:>6} {:>12.2} {:>14.3} {:>12.1} {spread:>17} {server:>12}",
+            self.mode.name(),
+            self.context_len,
+            self.input_len,
+            self.batch_size,
+            self.iteration,
+            self.total_latency_ms,
+            self.latency_per_iter_ms,
+            self.tokens_per_second,
+        )
+    }
 }
 
 /// All of a run.
@@ -142,40 +176,9 @@ impl Report {
 
     /// As text.
     pub fn table(&self) -> String {
-        let mut out = self.server_line();
-        write!(
-            out,
-            "\n{:>8} {:>8} {:>8} {:>6} {:>6} {:>12} {:>14} {:>12} {:>17} {:>12}",
-            "Mode",
-            "Context",
-            "Input",
-            "Batch",
-            "Iters",
-            "Total(ms)",
-            "Per-Iter(ms)",
-            "Tokens/s",
-            "p10..p90(ms)",
-            "Server(ms)"
-        )
-        .expect("a string takes everything");
+        let mut out = format!("{}\n{}", self.server_line(), Row::head());
         for r in &self.results {
-            let spread = format!("{:.2}..{:.2}", r.client_per_iter_ms.p10, r.client_per_iter_ms.p90);
-            let server = r.server_step_ms.as_ref().map_or("-".to_string(), |s| format!("{:.3}", s.median));
-            write!(
-                out,
-                "\n{:>8} {:>8} {:>8} {:>6} {:>6} {:>12.2} {:>14.3} {:>12.1} {:>17} {:>12}",
-                r.mode.name(),
-                r.context_len,
-                r.input_len,
-                r.batch_size,
-                r.iteration,
-                r.total_latency_ms,
-                r.latency_per_iter_ms,
-                r.tokens_per_second,
-                spread,
-                server
-            )
-            .expect("a string takes everything");
+            write!(out, "\n{}", r.line()).expect("a string takes everything");
         }
         for path in &self.traces {
             write!(out, "\ntrace: {}", path.display()).expect("a string takes everything");

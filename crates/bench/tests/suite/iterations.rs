@@ -1,12 +1,12 @@
 //! `bench iterations`: true times, and every way in which a server can make them false.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bitfast_bench::client::Options;
 use bitfast_bench::iterations::{Mode, Report, Settings, run};
-use bitfast_bench::{Cancel, Error, Silent};
+use bitfast_bench::{Cancel, Error, Observer, Silent};
 
 use crate::fake::{Dialect, Fake, Lie, Setup};
 use crate::front::{Act, Front, stock_vllm};
@@ -153,6 +153,32 @@ async fn what_a_server_says_that_it_cannot_take_is_refused_by_name() {
         assert!(error.is_user_error() && error.to_string().starts_with(expected), "{error}");
     }
     assert_eq!(fake.called("/debug/sleep"), 0);
+}
+
+/// Keeps what is said.
+#[derive(Default)]
+struct Said(Mutex<Vec<String>>);
+
+impl Observer for Said {
+    fn begin(&self, _len: u64, _unit: &str) {}
+    fn advance(&self, _count: u64) {}
+    fn end(&self) {}
+    fn say(&self, line: &str) {
+        self.0.lock().unwrap().push(line.to_string());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_measured_before_a_failure_is_told() {
+    // The sixth request fails, which is one of the second shape's.
+    let fake = Fake::start(Dialect::Bitfast, Setup::default(), &[Lie::FailsOne]);
+    let settings = Settings { batch_sizes: vec![1, 4], ..settings(&[&fake], Mode::Prefill) };
+    let said = Said::default();
+    assert!(run(&settings, &Cancel::default(), &said).await.is_err());
+    let lines = said.0.into_inner().unwrap();
+    let words: Vec<Vec<&str>> = lines.iter().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(words.iter().map(|w| w[0]).collect::<Vec<_>>(), ["Mode", "prefill"], "{lines:?}");
+    assert_eq!(words[1][3], "1");
 }
 
 #[tokio::test(start_paused = true)]
