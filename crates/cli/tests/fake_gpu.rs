@@ -277,12 +277,20 @@ impl Server {
 
     /// `count` completions at once, every other one streamed; all wait before the first step. What each was answered.
     fn answers(&self, count: usize, tokens: usize, meanwhile: impl FnOnce()) -> Vec<String> {
+        self.control("/debug/sleep?level=0");
+        self.answers_after(count, tokens, || {
+            self.control("/debug/wake_up");
+            meanwhile();
+        })
+    }
+
+    /// The same of a server that sleeps, and is woken by `wake`.
+    fn answers_after(&self, count: usize, tokens: usize, wake: impl FnOnce()) -> Vec<String> {
         let ask = |i: usize| {
             let stream = i.is_multiple_of(2);
             let rest = format!("\"max_tokens\": {tokens}, \"ignore_eos\": true, \"stream\": {stream}");
             self.send("POST", "/v1/completions", &format!("{{\"prompt\": [1, 2, {i}], {rest}}}"))
         };
-        self.control("/debug/sleep?level=0");
         std::thread::scope(|scope| {
             let asked: Vec<_> = (0..count).map(|i| scope.spawn(move || ask(i))).collect();
             let waiting = format!("}} {count}");
@@ -293,8 +301,7 @@ impl Server {
             while !all_wait(&self.send("GET", "/metrics", "")) {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            self.control("/debug/wake_up");
-            meanwhile();
+            wake();
             asked.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
     }
@@ -319,6 +326,29 @@ fn a_lost_card_ends_every_request_of_a_server() {
     let (code, rest) = server.end();
     assert_eq!(code, Some(1), "{rest}");
     assert!(rest.contains("cuGraphLaunch failed"), "{rest}");
+
+    // It is lost when a sleeper should take its memory again.
+    let allocations = call_count(&machine, "cuMemAlloc");
+    let server =
+        Server::start(&machine, &format!("after={} fails=700 of=cuMemAlloc", allocations + 5), &SMALL);
+    server.control("/debug/sleep?level=2");
+    let answers = server.answers_after(5, 9, || {
+        let answer = server.send("POST", "/debug/wake_up", "");
+        assert!(answer.contains("cuMemAlloc failed") && !answer.starts_with("HTTP/1.1 200"), "{answer}");
+    });
+    for answer in answers {
+        assert!(answer.contains("cuMemAlloc failed"), "{answer}");
+    }
+    assert_eq!(server.end().0, Some(1));
+}
+
+/// How often a start and a few answers make this call.
+fn call_count(machine: &Machine, call: &str) -> usize {
+    let output = machine.answer("count=1", 1, &SMALL);
+    let words = said(&output);
+    let counts = words.lines().find_map(|line| line.strip_prefix("calls ")).expect("counts");
+    let mut words = counts.split(' ').skip_while(|word| *word != call);
+    words.nth(1).expect("it is made").parse().unwrap()
 }
 
 #[test]
