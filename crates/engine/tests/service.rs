@@ -86,6 +86,22 @@ fn a_sink_that_panics_ends_the_engine_and_all_others_are_told() {
 }
 
 #[test]
+fn a_request_behind_a_sink_that_panics_is_told() {
+    let (engine, handle) = engine(config());
+    let bad = handle
+        .submit_with(request("bad", [1], max_tokens(9)), Box::new(|_| panic!("told to panic")))
+        .unwrap();
+    bad.abort();
+    let (sender, events) = mpsc::channel();
+    let ours = sender.clone();
+    let good = move |event| drop(ours.send(event));
+    let _good = handle.submit_with(request("good", [1], max_tokens(9)), Box::new(good)).unwrap();
+    // All three are taken in at once.
+    engine.run();
+    assert!(matches!(events.try_recv(), Ok(Event::Failed(Failure::Engine(_)))));
+}
+
+#[test]
 fn dropping_the_stream_aborts() {
     let (mut engine, handle) = engine(config());
     let dropped = handle.submit(request("dropped", [1], max_tokens(50))).unwrap();
