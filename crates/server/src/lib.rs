@@ -13,6 +13,7 @@ mod api;
 mod app;
 mod auth;
 mod chat;
+mod connection;
 mod dashboard;
 mod error;
 mod extract;

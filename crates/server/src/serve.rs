@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use bitfast_llm::{Health, LLM, Shutdown};
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
 use crate::app::app;
+use crate::connection::Connection;
 use crate::state::{AppState, ServerConfig};
 
 /// Most connections at a time; further ones wait to be accepted.
@@ -183,10 +184,14 @@ async fn accept(listener: &TcpListener, router: &Router, connections: &GracefulS
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
         let service = TowerToHyperService::new(router.clone());
-        let connection = connections.watch(builder.serve_connection(TokioIo::new(stream), service));
+        let stream = Connection::new(stream);
+        let served = connections.watch(builder.serve_connection(stream.clone(), service));
         tokio::spawn(async move {
             // Errors are the peer's: it went away or spoke no HTTP.
-            let _ = connection.await;
+            tokio::select! {
+                _ = served => {}
+                () = stream.gone() => {}
+            }
             drop(place);
         });
     }

@@ -56,6 +56,22 @@ fn a_client_that_closes_its_sending_half_counts_as_gone() {
 }
 
 #[test]
+fn a_client_that_says_more_and_goes_away_frees_its_request_too() {
+    let server = fake_server(&slow());
+    let s = server.client;
+    for stream in [false, true] {
+        // It would take three seconds.
+        let mut socket = s.begin("POST", "/v1/completions", &[], &long(stream));
+        socket.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        eventually("a running request", || running(&s) == 1);
+        drop(socket);
+        eventually("an idle server", || is_idle(&s));
+    }
+    let page = s.get("/metrics").text();
+    assert!(page.contains("finished_reason=\"abort\"} 2") && page.contains("\"length\"} 0"), "{page}");
+}
+
+#[test]
 fn unfinished_requests_hold_nothing_up() {
     let server = fake_server(&Levers::default());
     let s = server.client;
