@@ -47,7 +47,7 @@ pub(crate) enum PromptForm {
 
 impl PromptForm {
     /// Reads it straight into its form. Serde's own way to try one form after the other would first keep a copy of the
-    /// whole, which takes a hundred bytes of memory for each byte of a long list.
+    /// whole, which takes up to fifty bytes of memory for each byte of a long list.
     pub fn read<'de, D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         from.deserialize_any(FormVisitor)
     }
