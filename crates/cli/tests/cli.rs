@@ -181,6 +181,7 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     refused(&run_tiny(&["x", "--temperature", "-1"]), "temperature: ");
     refused(&run_tiny(&["x", "--max-tokens", "-2"]), "--max-tokens");
     refused(&run_tiny(&["x", "--system", "s"]), "system: ");
+    refused(&run_tiny(&["x", "--revision", "main"]), "revision: ");
     refused(&run_tiny(&["--prompts", "x.jsonl", "--output", "y.jsonl", "--chat"]), "--chat");
     refused(&run_tiny(&["x", "--top-p", "0"]), "top_p: ");
     refused(&run_tiny(&["x", "--top-k", "-2"]), "top_k: ");

