@@ -150,6 +150,22 @@ fn a_paused_engine_queues() {
 }
 
 /// What came before a wake-up is in the first step after it, however the threads run.
+/// Also when it comes after the look at the inbox: here, while an abort is told.
+#[test]
+fn a_pause_holds_for_the_step_that_is_about_to_begin() {
+    let (mut engine, handle) = engine(config());
+    let pauses = handle.clone();
+    let sink = move |_| drop(pauses.begin_pause(SleepLevel::Pause));
+    let aborted = handle.submit_with(request("aborted", [1], max_tokens(9)), Box::new(sink)).unwrap();
+    aborted.abort();
+    let mut stream = handle.submit(request("r", [1], max_tokens(1))).unwrap();
+    assert_eq!(engine.step(), Step::Idle);
+    assert!(handle.is_paused() && ready(&mut stream).is_empty());
+    let _ = handle.begin_resume();
+    settle(&mut engine);
+    assert_eq!(tokens(&ready(&mut stream), 0), [2]);
+}
+
 #[test]
 fn a_wake_up_does_not_overtake_requests() {
     let handle = spawn();
