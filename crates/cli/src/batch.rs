@@ -16,6 +16,7 @@ pub fn run(args: &RunArgs, prompts: &Path, output: &Path) -> Outcome {
     defaults.temperature = args.sampling.temperature;
     let mut lines = prompts_file::read(prompts, &defaults)?;
     let mut answers = Answers::open(output)?;
+    answers.check_prompts(&lines)?;
     let total = lines.len();
     let done = answers.done();
     lines.retain(|line| !done.contains(line.id.as_str()));

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
@@ -90,7 +91,17 @@ const ANSWER_START: &[u8] = br#"{"request_id":"#;
 pub struct Answers {
     file: File,
     path: PathBuf,
-    done: BTreeMap<String, String>,
+    done: BTreeMap<String, Answered>,
+}
+
+/// What is known of an answer.
+#[derive(Debug)]
+struct Answered {
+    fingerprint: String,
+    /// Of the prompt's text, where it was one.
+    text: Option<u64>,
+    /// Of the prompt's token ids.
+    ids: u64,
 }
 
 impl Answers {
@@ -131,12 +142,36 @@ impl Answers {
         self.done.keys().map(String::as_str).collect()
     }
 
+    /// Refuses to take the answer to one prompt for that to another one with its id. (A chat's text is known to the model
+    /// only, and is not looked at.)
+    pub fn check_prompts(&self, lines: &[PromptLine]) -> Outcome {
+        let is_other = |line: &&PromptLine| {
+            let Some(answered) = self.done.get(&line.id) else { return false };
+            match &line.request.prompt {
+                Prompt::Text(text) => answered.text != Some(digest(text)),
+                Prompt::Tokens(ids) => {
+                    line.request.params.truncate_prompt_tokens.is_none() && answered.ids != digest(ids)
+                }
+                Prompt::Chat(_) => false,
+            }
+        };
+        match lines.iter().find(is_other) {
+            None => Ok(()),
+            Some(line) => Err(Exit::User(format!(
+                "{}: the answer to {:?} is one to another prompt than that of line {}; choose another output file",
+                self.path.display(),
+                line.id,
+                line.line
+            ))),
+        }
+    }
+
     /// Refuses to mix answers of different bits in one file.
     pub fn check_fingerprint(&self, ours: &str) -> Outcome {
-        match self.done.iter().find(|(_, theirs)| *theirs != ours) {
+        match self.done.iter().find(|(_, theirs)| theirs.fingerprint != ours) {
             None => Ok(()),
-            Some((id, theirs)) => Err(Exit::User(format!(
-                "{}: the answer to {id:?} has system_fingerprint {theirs}, this model's is {ours}; choose another \
+            Some((id, Answered { fingerprint, .. })) => Err(Exit::User(format!(
+                "{}: the answer to {id:?} has system_fingerprint {fingerprint}, this model's is {ours}; choose another \
                  output file",
                 self.path.display()
             ))),
@@ -151,11 +186,22 @@ impl Answers {
     }
 }
 
-/// Id and fingerprint of an answer.
-fn answered(line: &[u8]) -> Option<(String, String)> {
+/// Id of an answer, and the rest.
+fn answered(line: &[u8]) -> Option<(String, Answered)> {
     let value: Value = serde_json::from_slice(line).ok()?;
     let field = |name: &str| value.get(name)?.as_str().map(str::to_string);
-    Some((field("request_id")?, field("system_fingerprint")?))
+    let ids = value["prompt_token_ids"].as_array().into_iter().flatten();
+    let ids: Vec<u32> = ids.filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect();
+    let fingerprint = field("system_fingerprint")?;
+    let text = field("prompt").map(|text| digest(&text));
+    Some((field("request_id")?, Answered { fingerprint, text, ids: digest(&ids) }))
+}
+
+/// For comparisons within this process.
+fn digest(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 #[cfg(test)]
@@ -230,6 +276,31 @@ mod tests {
         assert!(message(Answers::open(&path)).contains("another run"));
         drop(answers);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{good}\n"));
+    }
+
+    #[test]
+    fn an_answer_is_one_to_its_prompt() {
+        let answer = |id: &str, prompt: &str, ids: &str| {
+            format!(
+                "{{\"request_id\":\"{id}\",\"prompt\":{prompt},\"prompt_token_ids\":{ids},\"system_fingerprint\":\"f\"}}\n"
+            )
+        };
+        let all =
+            answer("1", "\"a\"", "[7]") + &answer("2", "null", "[1,2]") + &answer("3", "\"<user>a\"", "[5]");
+        let (_dir, path) = file(&all);
+        let answers = Answers::open(&path).unwrap();
+        let check = |lines: &str| {
+            let (_dir, path) = file(lines);
+            answers.check_prompts(&read(&path, &SamplingParams::default()).unwrap())
+        };
+        let chat = r#"{"messages": [{"role": "user", "content": "b"}]}"#;
+        check(&format!("{{\"prompt\": \"a\"}}\n{{\"prompt_token_ids\": [1, 2]}}\n{chat}\n{chat}")).unwrap();
+        for other in [r#"{"prompt": "b"}"#, r#"{"prompt_token_ids": [1]}"#, r#"{"prompt": "a", "id": 2}"#] {
+            let told = message(check(other));
+            assert!(told.contains("is one to another prompt than that of line 1"), "{other}: {told}");
+        }
+        let cut = r#"{"prompt_token_ids": [0, 1, 2], "id": 2, "truncate_prompt_tokens": 2}"#;
+        check(cut).unwrap();
     }
 
     #[test]
