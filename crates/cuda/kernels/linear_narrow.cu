@@ -27,6 +27,9 @@ static_assert(!SILU || (LEAVES == 1 && KSPLIT == 1 && !LOGITS && N % 16 == 0), "
 
 constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
 
+// Every warp's products have read their slots. The warp that asks for copies comes too: racecheck takes who missed a barrier for one barrier behind.
+__device__ __forceinline__ void ring_is_read() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__(KSPLIT, 1, 1)
     linear(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, void* __restrict__ y, int tokens) {
     extern __shared__ __align__(1024) u8 smem[];
@@ -69,14 +72,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
                 tma_load_2d(at + A_BYTES, &map_x, k0 + i * 64, m0, bar, CACHE_EVICT_LAST);
             }
         }
+        __syncwarp(); // a warp arrives whole at a barrier
+        ring_is_read();
     } else {
         Ring ring = {0, 0};
         Sums<ACC, ACC, ACC, ACC> sums;
         auto publish = [&](const float* v, int part) {
             float* const out = (float*)(smem + PART_AT(part));
             const int g = lane / 4, t = lane % 4;
-            // Every warp's products have read their slots.
-            if (part == PARTS - 1) asm volatile("bar.sync 1, %0;" ::"n"(128 * WGS) : "memory");
+            if (part == PARTS - 1) ring_is_read();
 #pragma unroll
             for (int j = 0; j < TB / 8; j++)
 #pragma unroll

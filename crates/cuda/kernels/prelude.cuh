@@ -70,6 +70,7 @@ __device__ __forceinline__ u32 cluster_rank() {
     return r;
 }
 __device__ __forceinline__ void cluster_sync() {
+    __syncwarp(); // aligned: all lanes of a warp come together
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // 16 bytes at the same offset in CTA `rank`'s shared memory.
