@@ -1,6 +1,6 @@
 //! Every kernel instance that the plans of the anchor models use: what a check without a GPU compiles.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use bitfast_ops::{LinearKind, NormDesc};
 
@@ -49,18 +49,19 @@ pub fn kernels() -> Vec<KernelSource> {
         let fused = plain.fused().filter(|_| kind == LinearKind::GateUp);
         for spec in [Some(plain), fused].into_iter().flatten() {
             let tokens = 1..=if kind == LinearKind::Vocab { 512 } else { 8192 };
-            let planned: HashSet<Variant> = tokens.map(|t| plan(&spec, t, 132)).collect();
-            let mut planned: Vec<KernelSource> =
-                planned.iter().map(|variant| variant.source(&spec)).collect();
-            planned.sort_by_cached_key(KernelSource::label);
-            sources.push(Variant::Reference.source(&spec));
-            sources.extend(planned);
+            let mut variants = vec![Variant::Reference];
+            for planned in tokens.map(|t| plan(&spec, t, 132)) {
+                if !variants.contains(&planned) {
+                    variants.push(planned);
+                }
+            }
+            sources.extend(variants.iter().map(|variant| variant.source(&spec)));
         }
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
     sources.extend([128_256, 151_936, 1001].into_iter().flat_map(Sampler::sources));
-    let mut seen = HashSet::new();
+    let mut seen = BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources
 }
