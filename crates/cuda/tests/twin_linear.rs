@@ -106,7 +106,7 @@ fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
 fn wide_variants(spec: &LinearSpec) -> Vec<Wide> {
     let mut all = Vec::new();
     for (tile, stages, out_cols) in
-        [(64, 3, 64), (96, 4, 32), (128, 4, 64), (160, 3, 32), (192, 3, 64), (256, 4, 32)]
+        [(32, 5, 32), (64, 3, 64), (96, 4, 32), (128, 4, 64), (160, 3, 32), (192, 3, 64), (256, 4, 32)]
     {
         if spec.order.join == Join::Tree && tile > 64 {
             continue;
@@ -285,7 +285,7 @@ const ANCHORS: [(usize, usize, LinearKind); 25] = [
 
 /// [`TOKENS`] and both sides of every border at which [`plan`] chooses anew.
 fn anchor_tokens() -> Vec<usize> {
-    let borders = [8, 16, 32, 48, 64, 96, 128, 256, 384, 512];
+    let borders = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512];
     let mut tokens: Vec<usize> = borders.into_iter().flat_map(|b| [b, b + 1]).chain(TOKENS).collect();
     tokens.sort_unstable();
     tokens.dedup();

@@ -2,7 +2,7 @@ use super::{Few, LinearSpec, Narrow, Output, SMEM_LIMIT, Variant, Wide};
 
 /// The fastest variant for `tokens` rows on a card of `sms` multiprocessors; bits do not depend on it.
 ///
-/// Thresholds and costs are of an H100 (LOG.md, "linears of 97 rows and more").
+/// Thresholds and costs are of an H100 (LOG.md, "linears of 97 rows and more", "linears of 65 to 256 rows").
 pub fn plan(spec: &LinearSpec, tokens: usize, sms: usize) -> Variant {
     // TMA wants rows of whole 16 bytes.
     if !spec.k.is_multiple_of(8) || !spec.n.is_multiple_of(8) {
@@ -15,13 +15,22 @@ pub fn plan(spec: &LinearSpec, tokens: usize, sms: usize) -> Variant {
             return Variant::Few(few);
         }
     }
-    if tokens <= 96 {
-        return Variant::Narrow(narrow(spec, tokens, sms));
+    match tokens {
+        0..=64 => Variant::Narrow(narrow(spec, tokens, sms)),
+        // Short rows of few outputs are faster in many small tiles.
+        65..=96 if !too_few_narrow_tiles || is_long(spec) => Variant::Narrow(narrow(spec, tokens, sms)),
+        // Two tiles of 96 rows are less than two of 128.
+        129..=192 if is_long(spec) => Variant::Narrow(narrow(spec, tokens, sms)),
+        _ => Variant::Wide(wide(spec, tokens, sms)),
     }
-    Variant::Wide(wide(spec, tokens, sms))
 }
 
-/// One tile over the tokens: weights are read once.
+/// Whether a tile's leaves are worth more than one block.
+fn is_long(spec: &LinearSpec) -> bool {
+    spec.order.leaves > 1 && spec.k >= 4096
+}
+
+/// One tile over the tokens, so that weights are read once; of more than 96 tokens two.
 fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
     let tile = [8, 16, 32, 48, 64].into_iter().find(|t| tokens <= *t).unwrap_or(96);
     let tiles = spec.n.div_ceil(64);
@@ -38,8 +47,7 @@ fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
         (_, true) => (2, 6, 1),
     };
     // Few tiles of long rows: the leaves of each are shared by two blocks.
-    let long = spec.order.leaves > 1 && spec.k >= 4096;
-    let ksplit = if tiles * 3 < sms && long && tile <= 64 { 2 } else { 1 };
+    let ksplit = if tiles * 3 < sms && is_long(spec) { 2 } else { 1 };
     let plan = Narrow { tokens: tile, groups, stages, ksplit, min_ctas };
     // A shared fold keeps its leaves in shared memory: fewer ring slots.
     let with = |stages| Narrow { stages, ..plan };
@@ -49,21 +57,24 @@ fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
 /// The tile whose waves over the card take least time.
 fn wide(spec: &LinearSpec, tokens: usize, sms: usize) -> Wide {
     // (outputs of a tile, its time against the largest's).
-    const TILES: [(usize, usize); 7] =
-        [(64, 37), (96, 45), (128, 56), (160, 66), (192, 79), (224, 89), (256, 100)];
+    const TILES: [(usize, usize); 8] =
+        [(32, 34), (64, 37), (96, 45), (128, 56), (160, 66), (192, 79), (224, 89), (256, 100)];
     let token_tiles = tokens.div_ceil(Wide::TOKENS);
     let cost = |tile: usize, time: usize| (token_tiles * spec.n.div_ceil(tile)).div_ceil(sms) * time;
     let (tile, _) = TILES
         .into_iter()
+        // The smallest tiles read the rows most often.
+        .filter(|(tile, _)| *tile > 32 || token_tiles == 1 || token_tiles * spec.n.div_ceil(32) * 2 <= sms)
         .min_by_key(|(tile, time)| (cost(*tile, *time), usize::MAX - tile))
-        .expect("seven tiles");
+        .expect("eight tiles");
     // Two blocks share each weight tile where weights come from memory rather than the second-level cache.
     let streams = spec.n * spec.k * 2 >= 100_000_000;
     let cluster = if streams && token_tiles.is_multiple_of(2) { 2 } else { 1 };
     let out_cols = if spec.output == Output::SiluMul && !tile.is_multiple_of(64) { 16 } else { 32 };
     let regs = [(tile / 2).min(104); 3];
     let with = |stages| Wide { tile, stages, cluster, raster: 16 / cluster, out_cols, regs };
-    (1..=8).rev().map(with).find(|p| p.smem_bytes(spec) <= SMEM_LIMIT).unwrap_or(with(1))
+    let most = if tile == 32 { 10 } else { 8 };
+    (1..=most).rev().map(with).find(|p| p.smem_bytes(spec) <= SMEM_LIMIT).unwrap_or(with(1))
 }
 
 #[cfg(test)]
@@ -114,9 +125,14 @@ mod tests {
         let spec = LinearSpec::new(LinearKind::Column, 4096, 4096);
         assert!(matches!(plan(&spec, 8192, 132), Variant::Wide(Wide { tile: 256, .. })));
         assert!(matches!(plan(&spec, 256, 132), Variant::Wide(Wide { tile: 64, .. })));
-        assert!(matches!(plan(&spec, 128, 132), Variant::Wide(Wide { tile: 64, .. })));
+        assert!(matches!(plan(&spec, 128, 132), Variant::Wide(Wide { tile: 32, .. })));
         assert!(matches!(plan(&spec, 8, 132), Variant::Narrow(Narrow { tokens: 8, .. })));
-        let row = LinearSpec::new(LinearKind::Row, 2048, 6144);
-        assert!(matches!(plan(&row, 8, 132), Variant::Few(_)));
+        let row = |k| LinearSpec::new(LinearKind::Row, 2048, k);
+        assert!(matches!(plan(&row(6144), 8, 132), Variant::Few(_)));
+        assert!(matches!(plan(&row(6144), 96, 132), Variant::Narrow(Narrow { tokens: 96, ksplit: 2, .. })));
+        assert!(matches!(plan(&row(6144), 192, 132), Variant::Narrow(Narrow { tokens: 96, .. })));
+        assert!(matches!(plan(&row(6144), 193, 132), Variant::Wide(Wide { tile: 64, .. })));
+        assert!(matches!(plan(&row(2048), 96, 132), Variant::Wide(Wide { tile: 32, .. })));
+        assert!(matches!(plan(&row(2048), 129, 132), Variant::Wide(Wide { tile: 64, .. })));
     }
 }
