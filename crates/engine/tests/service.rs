@@ -117,6 +117,57 @@ fn dropping_the_stream_aborts() {
     assert_eq!(engine.scheduler().stats().blocks_used, 0);
 }
 
+/// A guard is about its own request, not about a later one of the same name.
+#[test]
+fn an_old_guard_leaves_a_namesake_alone() {
+    let (mut engine, handle) = engine(config());
+    let mut old = handle.submit(request("r", [1], max_tokens(1))).unwrap();
+    settle(&mut engine);
+    assert!(matches!(ready(&mut old).last(), Some(Event::Done(_))));
+    let mut new = handle.submit(request("r", [5], max_tokens(3))).unwrap();
+    old.abort();
+    drop(old);
+    settle(&mut engine);
+    assert_eq!(tokens(&ready(&mut new), 0), [6, 7, 8]);
+}
+
+/// A runner with room for half of its model's longest sequence.
+struct Few;
+
+impl Runner for Few {
+    fn info(&self) -> RunnerInfo {
+        RunnerInfo { num_blocks: 8, ..Counting.info() }
+    }
+
+    fn execute(&mut self, step: &StepInputs<'_>) -> Result<StepOutputs, RunnerError> {
+        Counting.execute(step)
+    }
+}
+
+#[test]
+fn the_longest_sequence_is_one_that_the_cache_holds() {
+    let mut engine = Engine::new(Few, config(), Arc::new(VirtualClock::new())).unwrap();
+    let handle = engine.handle();
+    assert_eq!((handle.info().max_model_len, handle.info().kv_cache_tokens()), (32, 32));
+    let error = handle.submit(request("long", 0..32, max_tokens(1))).map(drop).unwrap_err();
+    assert_eq!(error, SubmitError::PromptTooLong { prompt_tokens: 32, max_model_len: 32 });
+    let mut stream = handle.submit(request("r", 0..30, max_tokens(9))).unwrap();
+    while let Step::Ran(_) = engine.step() {}
+    assert_eq!(tokens(&ready(&mut stream), 0), [30, 31]);
+}
+
+/// A prompt of one token is a prompt all the same.
+#[test]
+fn records_tell_prompts_from_decodes() {
+    let (mut engine, handle) = engine(config());
+    let _stream = handle.submit(request("r", [1], max_tokens(2))).unwrap();
+    let rows = |step| match step {
+        Step::Ran(record) => (record.prefill_tokens, record.decode_tokens),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([rows(engine.step()), rows(engine.step())], [(1, 0), (0, 1)]);
+}
+
 #[test]
 fn aborting_by_id_ends_the_samples() {
     let (mut engine, handle) = engine(config());
