@@ -422,6 +422,8 @@ fn help_texts_are_as_reviewed() {
         ("serve", &["serve", "--help"]),
         ("verify", &["verify", "--help"]),
         ("pull", &["pull", "--help"]),
+        ("models", &["models", "--help"]),
+        ("selfcheck", &["selfcheck", "--help"]),
         ("bench-batch-invariance", &["bench", "batch-invariance", "--help"]),
         ("bench-iterations", &["bench", "iterations", "--help"]),
         ("bench-latency", &["bench", "latency", "--help"]),
