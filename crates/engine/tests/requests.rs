@@ -198,8 +198,10 @@ fn every_parameter_has_its_range() {
         ("logprobs", SamplingParams { logprobs: Some(21), ..base() }),
         ("prompt_logprobs", SamplingParams { prompt_logprobs: Some(21), ..base() }),
         ("stop_token_ids", SamplingParams { stop_token_ids: vec![VOCAB], ..base() }),
+        ("stop_token_ids", SamplingParams { stop_token_ids: vec![1; 1025], ..base() }),
         ("logit_bias", SamplingParams { logit_bias: [(VOCAB, 1.0)].into(), ..base() }),
         ("logit_bias", SamplingParams { logit_bias: [(1, 101.0)].into(), ..base() }),
+        ("bad_words", SamplingParams { bad_words: vec![vec![1]; 1025], ..base() }),
         ("bad_words", SamplingParams { bad_words: vec![vec![]], ..base() }),
         ("bad_words", SamplingParams { bad_words: vec![vec![1, VOCAB]], ..base() }),
         ("allowed_token_ids", SamplingParams { allowed_token_ids: Some(Arc::default()), ..base() }),
@@ -214,6 +216,10 @@ fn every_parameter_has_its_range() {
             other => panic!("{sampling:?} gave {other:?}"),
         }
     }
+    // Ids are distinct here: their number is looked at first.
+    let many = SamplingParams { logit_bias: (0..1025).map(|token| (token, 1.0)).collect(), ..base() };
+    let error = handle.submit(request("r", [1], many)).map(drop).unwrap_err();
+    assert!(error.to_string().contains("at most 1024 entries"), "{error}");
     for prompt in [vec![], vec![1, VOCAB]] {
         let error = handle.submit(request("r", prompt, base())).map(drop).unwrap_err();
         assert!(matches!(&error, SubmitError::Invalid(e) if e.param == "prompt"), "{error}");
