@@ -200,7 +200,8 @@ fn qkv_prep_equals_the_reference() {
         let kernel = QkvPrep::new(&gpu.device, &gpu.jit, spec).expect("a kernel");
         // Those of SmolLM2 and of Qwen3-1.7B, with norms and without.
         let anchor = spec.attention.heads != 5 && spec.attention.head_dim <= 128;
-        for &rows in rows_for(anchor) {
+        // The last ones leave a block that has fewer rows than the others.
+        for &rows in rows_for(anchor).iter().chain(&[2049, 5003]) {
             check_qkv(&gpu, &kernel, spec, rows);
         }
     }

@@ -137,7 +137,7 @@ int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, Handle s) {
 
 // ---- kernels, streams, graphs ----
 // p: an address; P: one or none; f: four bytes.
-static const char *const KERNELS[][2] = {{"gather", "pppf"}, {"rms_norm", "pPppf"}, {"silu", "pp"}, {"qkv_prep", "pPPfpppppp"},
+static const char *const KERNELS[][2] = {{"gather", "pppf"}, {"rms_norm", "pPppf"}, {"silu", "pp"}, {"qkv_prep", "pPPfppppppff"},
     {"attention", "ppppppfpp"}, {"scan", "ppppp"}, {"weigh", "ppppfpp"}, {"filter", "ppppp"}, {"top", "pppppp"}, {"linear", ""}};
 struct Module { int loaded; const char *name, *takes; };
 struct Launch { struct Module *module; u64 at[16]; int n; };

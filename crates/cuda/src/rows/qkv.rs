@@ -1,6 +1,6 @@
 use bitfast_ops::NormDesc;
 
-use super::{RowOp, launch, require, runs};
+use super::{MOST_ROWS, RowOp, launch, require};
 use crate::Result;
 use crate::attention::AttentionSpec;
 use crate::driver::{Arg, Buffer, Device, Kernel, Overlap, Stream};
@@ -101,25 +101,39 @@ impl QkvPrep {
             require("k norm", k, head);
             (q.ptr(), k.ptr())
         });
-        let (all, q_row) = (self.spec.all_heads() * head, self.spec.attention.heads * head);
-        for (first, rows) in runs(rows) {
-            let at = |buffer: &Buffer, row: usize| Arg::Ptr(buffer.ptr() + (first * row) as u64);
-            let values = [
-                at(args.qkv, all),
-                Arg::Ptr(q_norm),
-                Arg::Ptr(k_norm),
-                Arg::F32(self.spec.qk_norm.map_or(0.0, |n| n.eps)),
-                Arg::Ptr(args.cos.ptr()),
-                Arg::Ptr(args.sin.ptr()),
-                at(args.positions, 4),
-                at(args.slots, 4),
-                Arg::Ptr(args.kv.ptr()),
-                at(args.q_out, q_row),
-            ];
-            let grid = [self.spec.all_heads().div_ceil(HEADS_PER_BLOCK), rows, 1];
-            // SAFETY: the kernel's signature; sizes were checked, positions and slots are the caller's promise.
-            unsafe { launch(&self.kernel, stream, grid, 32 * HEADS_PER_BLOCK as u32, overlap, &values)? };
-        }
-        Ok(())
+        let share = share(rows);
+        let values = [
+            Arg::Ptr(args.qkv.ptr()),
+            Arg::Ptr(q_norm),
+            Arg::Ptr(k_norm),
+            Arg::F32(self.spec.qk_norm.map_or(0.0, |n| n.eps)),
+            Arg::Ptr(args.cos.ptr()),
+            Arg::Ptr(args.sin.ptr()),
+            Arg::Ptr(args.positions.ptr()),
+            Arg::Ptr(args.slots.ptr()),
+            Arg::Ptr(args.kv.ptr()),
+            Arg::Ptr(args.q_out.ptr()),
+            Arg::I32(rows as i32),
+            Arg::I32(share as i32),
+        ];
+        let grid = [self.spec.all_heads().div_ceil(HEADS_PER_BLOCK), rows.div_ceil(share), 1];
+        // SAFETY: the kernel's signature; sizes were checked, positions and slots are the caller's promise.
+        unsafe { launch(&self.kernel, stream, grid, 32 * HEADS_PER_BLOCK as u32, overlap, &values) }
+    }
+}
+
+/// Rows of a block: one where there are few, then as many as leave the card enough blocks, and never more blocks than a grid's second extent.
+fn share(rows: usize) -> usize {
+    (rows / 1024).clamp(1, 8).max(rows.div_ceil(MOST_ROWS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_fit_the_grid() {
+        assert_eq!([1, 512, 2047, 2048, 8192, 100_000].map(share), [1, 1, 1, 2, 8, 8]);
+        assert!((1usize << 24).div_ceil(share(1 << 24)) <= MOST_ROWS);
     }
 }
