@@ -40,7 +40,7 @@ pub(crate) struct CommonFields {
     /// Key of the random stream; drawn and reported when absent.
     #[schema(value_type = Option<i64>)]
     pub seed: Option<Seed>,
-    /// Texts that end the answer.
+    /// Texts that end the answer: at most 256, of 1 to 4096 bytes each.
     pub stop: Option<OneOrMany>,
     /// Tokens that end the answer.
     pub stop_token_ids: Option<Vec<u32>>,
