@@ -4,15 +4,17 @@
 // two consumer warpgroups own 64 rows each, queries in registers. A producer warp streams tiles of 64 keys, K then V, into a ring of SLOTS by bulk copies: a block
 // of the cache is [kv head][K, V][D / 64][64 tokens][64 elements] in the 128-byte swizzle, which is wgmma's: K is a K-major operand, V a transposed one.
 //
-// A consumer's turn: scores of tile j and the output of tile j - 1 are queued together; softmax of j runs while the latter is
-// under way. The fold of the splits so far lies in shared memory.
+// A consumer's turn: the scores of tile j + 1 are queued behind the output of tile j - 1, and softmax of j runs while both are under way. The
+// tiles that causality cuts come last; there only the output of j - 1 is. The fold of the splits so far lies in shared memory.
 //
 // Macros: D GROUP KV_HEADS SLOTS
 #define SPLIT_TILES 8
 #define ROWS 128
 #define CONSUMERS 256
 #define ACC (D / 2)       // output floats a thread
+#define SCALED 0x1p-22f   // of the exponents of weights
 static_assert(D == 64 || D == 128, "scores, weights, queries and outputs of larger heads do not fit registers");
+static_assert(SLOTS >= 4, "keys are waited for while the values two tiles before them hold a slot");
 
 // d = a b + (scale_d ? d : 0): 64 rows, 16 products; a in registers, b in shared memory, TRANSPOSED: its rows are products.
 template <int TRANSPOSED> __device__ __forceinline__ void wgmma_rs(float (&d)[32], const u32 (&a)[4], u64 b, int scale_d) {
@@ -34,6 +36,14 @@ template <int TRANSPOSED> __device__ __forceinline__ void wgmma_rs(float (&d)[64
 
 // Descriptor of V: 16 keys x D elements from `addr` on, slabs of 64 elements, 8 keys every 1024 bytes.
 __device__ __forceinline__ u64 value_desc(u32 addr) { return (u64)((addr & 0x3FFFF) >> 4) | ((u64)(SLAB >> 4) << 16) | ((u64)64 << 32) | ((u64)1 << 62); }
+__device__ __forceinline__ void smem_store16(u32 addr, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ uint4 smem_load16(u32 addr) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
+    return v;
+}
 // Keeps the compiler from moving what uses these registers over the wait for the products that write them.
 template <int N> __device__ __forceinline__ void settled(float (&d)[N]) {
 #pragma unroll
@@ -48,8 +58,33 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) {
     return r;
 }
 
-// Softmax of a tile's two rows of this thread, side by side: of each four scores the first two and the last two. s becomes P; m and l go on;
-// `rescale` are the factors for what came before. MASKED: some keys are behind `last`, counted from this lane's first.
+// exp2_poly3(t), given t * 2^-22. A product of that by 2^-127 is t as a multiple of the smallest denormal: it rounds t to an integer, and its bits are
+// that integer. Adding 1.5 * 2^23 takes an instruction more, and the tensor core waits for fp32 instructions. All scaling is by powers of two.
+__device__ __forceinline__ float exp2_poly3_scaled(float t) {
+    constexpr u32 C[4] = {0x3F800000u, 0x3F317AFDu + (22u << 23), 0x3E780626u + (44u << 23), 0x3D61512Au + (66u << 23)};
+    const float n = __fmul_rn(t, __uint_as_float(0x00400000u)), f = __fmaf_rn(n, -__uint_as_float(0x7F000000u), t);
+    return __uint_as_float(__float_as_uint(horner(C, f)) + __float_as_uint(n) * 0xFF800000u); // n <= 0: less its bits << 23; the sign drops out
+}
+
+// Weights of a tile's two rows of this thread, side by side: of each four scores the first two and the last two. s becomes P; l goes on.
+// MASKED: some keys are behind `last`, counted from this lane's first.
+template <bool MASKED>
+__device__ __forceinline__ void weigh(float (&s)[32], float m0, float m1, float& l0, float& l1, float scale_log2, int last0, int last1) {
+    const float c = __fmul_rn(scale_log2, SCALED), minus0 = __fmul_rn(m0, -SCALED), minus1 = __fmul_rn(m1, -SCALED);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float &x = s[4 * n + e], &y = s[4 * n + 2 + e];
+            x = exp2_poly3_scaled(fmaxf(-125.f * SCALED, __fmaf_rn(x, c, minus0)));
+            y = exp2_poly3_scaled(fmaxf(-125.f * SCALED, __fmaf_rn(y, c, minus1)));
+            if (MASKED && 8 * n + e > last0) x = 0.f;
+            if (MASKED && 8 * n + e > last1) y = 0.f;
+            l0 = __fadd_rn(l0, x), l1 = __fadd_rn(l1, y);
+        }
+}
+
+// Softmax of a tile. m and l go on; `rescale` are the factors for what came before.
 template <bool MASKED>
 __device__ __forceinline__ void soften(float (&s)[32], float& m0, float& m1, float& l0, float& l1, float& rescale0, float& rescale1, float scale_log2, int last0,
                                        int last1) {
@@ -74,17 +109,7 @@ __device__ __forceinline__ void soften(float (&s)[32], float& m0, float& m1, flo
     rescale0 = pow2i(__fsub_rn(m0, next0)), rescale1 = pow2i(__fsub_rn(m1, next1));
     m0 = next0, m1 = next1;
     l0 = __fmul_rn(l0, rescale0), l1 = __fmul_rn(l1, rescale1);
-#pragma unroll
-    for (int n = 0; n < 8; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float &x = s[4 * n + e], &y = s[4 * n + 2 + e];
-            x = exp2_poly3(fmaxf(-125.f, __fmaf_rn(x, scale_log2, -next0)));
-            y = exp2_poly3(fmaxf(-125.f, __fmaf_rn(y, scale_log2, -next1)));
-            if (MASKED && 8 * n + e > last0) x = 0.f;
-            if (MASKED && 8 * n + e > last1) y = 0.f;
-            l0 = __fadd_rn(l0, x), l1 = __fadd_rn(l1, y);
-        }
+    weigh<MASKED>(s, m0, m1, l0, l1, scale_log2, last0, last1);
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
@@ -133,23 +158,32 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int row0 = warp * 16 + g, row1 = row0 + 8; // this lane's rows in the item
     const int pos0 = rows.position(row0), pos1 = rows.position(row1), low_pos = rows.position(warp * 16);
     wait_for_producers();
+    // This warp's part of the fold's memory first holds its queries and at last its outputs, 16 rows of D elements: 16 bytes `chunk` of a row.
+    const u32 fold_memory = empty + 8 * SLOTS, rows_memory = fold_memory + warp * 512;
+    auto chunk_at = [&](int row, int chunk) { return rows_memory + row % 8 * (CONSUMERS * 16) + row / 8 * 256 + ((chunk ^ row % 8) * 16); };
+    const int matrix_row = lane % 8 + lane / 8 % 2 * 8, matrix_chunk = lane / 16; // of four matrices of 8 rows and 8 elements: rows first
     u32 query[D / 16][4];
     {
-        const bf16 *q0 = q + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + 2 * t, *q1 = q + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + 2 * t;
+        uint4 loaded[D / 16];
 #pragma unroll
-        for (int k = 0; k < D / 16; k++) {
-            query[k][0] = row0 < rows.count ? *(const u32*)(q0 + 16 * k) : 0;
-            query[k][1] = row1 < rows.count ? *(const u32*)(q1 + 16 * k) : 0;
-            query[k][2] = row0 < rows.count ? *(const u32*)(q0 + 16 * k + 8) : 0;
-            query[k][3] = row1 < rows.count ? *(const u32*)(q1 + 16 * k + 8) : 0;
+        for (int i = 0; i < D / 16; i++) {
+            const int row = (i * 32 + lane) / (D / 8), chunk = lane % (D / 8);
+            loaded[i] = make_uint4(0, 0, 0, 0);
+            if (warp * 16 + row < rows.count) loaded[i] = *(const uint4*)(q + rows.element(warp * 16 + row, kv_head) + chunk * 8);
         }
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) smem_store16(chunk_at((i * 32 + lane) / (D / 8), lane % (D / 8)), loaded[i]);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) ldmatrix4(query[k], chunk_at(matrix_row, 2 * k + matrix_chunk));
+        __syncwarp();
     }
 
-    float s[32], o[ACC];
+    float s[32], s_next[32], o[ACC];
     u32 p[4][4];
     float l0 = 0.f, l1 = 0.f, m0 = -INFINITE, m1 = -INFINITE; // l: of this lane's keys
     Weights total0 = {-INFINITE, 0.f}, total1 = {-INFINITE, 0.f};
-    const u32 folded = empty + 8 * SLOTS + threadIdx.x * 16; // this thread's part of the fold so far
+    const u32 folded = fold_memory + threadIdx.x * 16; // this thread's part of the fold so far
     auto lanes_sum = [&](float l) {
         l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
         return __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
@@ -159,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     auto release_slot = [&](int i) { // the products that read it have been waited for
         if (lane == 0) mbar_arrive(empty + 8 * (i % SLOTS));
     };
-    auto queue_scores = [&](int tile) {
+    auto queue_scores = [&](float (&s)[32], int tile) {
         wait_slot(2 * tile);
         const u64 k = wgmma_desc(slot_of(2 * tile));
         wgmma_fence();
@@ -185,12 +219,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         wgmma_commit();
     };
     float rescale0, rescale1;
-    auto soften_tile = [&](int tile) {
+    auto soften_tile = [&](float (&s)[32], int tile) {
         const int key0 = tile * TILE + 2 * t; // this lane's first
         if (tile * TILE + TILE - 1 > low_pos) soften<true>(s, m0, m1, l0, l1, rescale0, rescale1, scale_log2, pos0 - key0, pos1 - key0);
         else soften<false>(s, m0, m1, l0, l1, rescale0, rescale1, scale_log2, 0, 0);
     };
-    auto pack = [&]() {
+    auto pack = [&](float (&s)[32]) {
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             p[c][0] = pack_bf16(s[8 * c], s[8 * c + 1]), p[c][1] = pack_bf16(s[8 * c + 2], s[8 * c + 3]);
@@ -210,48 +244,100 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
     };
 
-    queue_scores(0);
+    // Softmax of `tile` is done and so is the output of those before it: it is rescaled, or its split ends. of0, of1: weights of those.
+    auto carry_on = [&](int tile, Weights of0, Weights of1) {
+        if (tile % SPLIT_TILES == 0) {
+            if (tile == 0) return;
+            of0.l = lanes_sum(of0.l), of1.l = lanes_sum(of1.l);
+            end_split(tile == SPLIT_TILES, false, of0, of1);
+            return;
+        }
+        // By 1 it changes nothing.
+        if (__any_sync(0xFFFFFFFFu, rescale0 != 1.f)) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) o[4 * j] = __fmul_rn(o[4 * j], rescale0), o[4 * j + 1] = __fmul_rn(o[4 * j + 1], rescale0);
+        }
+        if (__any_sync(0xFFFFFFFFu, rescale1 != 1.f)) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) o[4 * j + 2] = __fmul_rn(o[4 * j + 2], rescale1), o[4 * j + 3] = __fmul_rn(o[4 * j + 3], rescale1);
+        }
+    };
+    auto enter = [&](int tile) {
+        if (tile % SPLIT_TILES == 0) l0 = l1 = 0.f, m0 = m1 = -INFINITE;
+    };
+    // A tile that nothing cuts: its scores are in `now`, those of the next one are queued into `next`.
+    auto turn = [&](float (&now)[32], float (&next)[32], int tile) {
+        queue_scores(next, tile + 1);
+        const Weights of0 = {m0, l0}, of1 = {m1, l1};
+        enter(tile);
+        soften<false>(now, m0, m1, l0, l1, rescale0, rescale1, scale_log2, 0, 0);
+        wgmma_wait<0>(); // not <1>: ptxas serialises products if sums are read while some queued in another round of the loop may be under way
+        settled(o);
+        settled(next);
+        if (tile > 0) release_slot(2 * tile - 1);
+        release_slot(2 * tile + 2);
+        carry_on(tile, of0, of1);
+        pack(now);
+        queue_output(tile, false);
+    };
+
+    queue_scores(s, 0);
     wgmma_wait<0>();
     settled(s);
     release_slot(0);
-    soften_tile(0);
-    pack();
+    int tile = 0; // its scores are in s
+    const int uncut = (rows.position(0) + 1) / TILE; // tiles
 #pragma unroll 1
-    for (int tile = 1; tile < tiles; tile++) {
-        queue_scores(tile);
-        queue_output(tile - 1, false);
-        wgmma_wait<1>();
-        settled(s);
-        release_slot(2 * tile);
-        const bool next_split = tile % SPLIT_TILES == 0;
-        Weights of0 = {m0, l0}, of1 = {m1, l1}; // of the tiles before this one
-        if (next_split) l0 = l1 = 0.f, m0 = m1 = -INFINITE;
-        soften_tile(tile);
+    for (; tile + 1 < uncut && tile + 2 < tiles; tile += 2) {
+        turn(s, s_next, tile);
+        turn(s_next, s, tile + 1);
+    }
+#pragma unroll 1
+    for (; tile + 1 < tiles; tile++) {
+        const Weights of0 = {m0, l0}, of1 = {m1, l1};
+        enter(tile);
+        soften_tile(s, tile);
         wgmma_wait<0>();
         settled(o);
-        release_slot(2 * tile - 1);
-        if (next_split) {
-            of0.l = lanes_sum(of0.l), of1.l = lanes_sum(of1.l);
-            end_split(tile == SPLIT_TILES, false, of0, of1);
-        } else if (__any_sync(0xFFFFFFFFu, rescale0 != 1.f || rescale1 != 1.f)) { // by 1 it changes nothing
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                o[4 * j] = __fmul_rn(o[4 * j], rescale0), o[4 * j + 1] = __fmul_rn(o[4 * j + 1], rescale0);
-                o[4 * j + 2] = __fmul_rn(o[4 * j + 2], rescale1), o[4 * j + 3] = __fmul_rn(o[4 * j + 3], rescale1);
-            }
-        }
-        pack();
+        if (tile > 0) release_slot(2 * tile - 1);
+        carry_on(tile, of0, of1);
+        pack(s);
+        queue_scores(s, tile + 1);
+        queue_output(tile, false);
+        wgmma_wait<1>();
+        settled(s);
+        release_slot(2 * tile + 2);
     }
-    queue_output(tiles - 1, true);
+    {
+        const Weights of0 = {m0, l0}, of1 = {m1, l1};
+        enter(tile);
+        soften_tile(s, tile);
+        wgmma_wait<0>();
+        settled(o);
+        carry_on(tile, of0, of1);
+        pack(s);
+    }
+    queue_output(tile, true);
     wgmma_wait<0>();
     settled(o);
     end_split(splits == 1, true, {m0, lanes_sum(l0)}, {m1, lanes_sum(l1)});
 
     const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
-    bf16 *out0 = out + (row0 < rows.count ? rows.element(row0, kv_head) : 0) + 2 * t, *out1 = out + (row1 < rows.count ? rows.element(row1, kv_head) : 0) + 2 * t;
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-        if (row0 < rows.count) *(u32*)(out0 + 8 * j) = pack_bf16(finish(o[4 * j], inverse0), finish(o[4 * j + 1], inverse0));
-        if (row1 < rows.count) *(u32*)(out1 + 8 * j) = pack_bf16(finish(o[4 * j + 2], inverse1), finish(o[4 * j + 3], inverse1));
+    for (int j = 0; j < D / 8; j += 2) {
+        u32 r[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float* x = o + 4 * (j + i);
+            r[2 * i] = pack_bf16(finish(x[0], inverse0), finish(x[1], inverse0)), r[2 * i + 1] = pack_bf16(finish(x[2], inverse1), finish(x[3], inverse1));
+        }
+        stmatrix4(chunk_at(matrix_row, j + matrix_chunk), r[0], r[1], r[2], r[3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int row = (i * 32 + lane) / (D / 8), chunk = lane % (D / 8);
+        if (warp * 16 + row < rows.count) *(uint4*)(out + rows.element(warp * 16 + row, kv_head) + chunk * 8) = smem_load16(chunk_at(row, chunk));
     }
 }

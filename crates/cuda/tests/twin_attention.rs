@@ -131,7 +131,7 @@ fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
         paged(3, 2, 2, Share::Whole),
     ]);
     if spec.head_dim <= 128 {
-        all.extend([Tiling::Prefill(Prefill { slots: 3 }), paged(8, 1, 4, Share::Whole)]);
+        all.extend([Tiling::Prefill(Prefill { slots: 4 }), paged(8, 1, 4, Share::Whole)]);
     }
     for (rows, slices, share_scores, joined) in
         [(8, 4, true, 1), (8, 8, true, 1), (16, 4, false, 2), (8, 8, false, 4)]

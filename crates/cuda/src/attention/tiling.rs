@@ -73,7 +73,7 @@ pub struct Sliced {
 /// All splits of 128 rows, on two warpgroups with a pipeline of their own; for heads of up to 128.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Prefill {
-    /// Ring slots (64 keys or values each).
+    /// Ring slots (64 keys or values each), at least 4.
     pub slots: usize,
 }
 
@@ -284,7 +284,7 @@ impl Sliced {
 
 impl Prefill {
     fn macros(&self, spec: &AttentionSpec) -> Macros {
-        assert!(spec.head_dim <= 128, "{self:?} for heads of {}", spec.head_dim);
+        assert!(spec.head_dim <= 128 && self.slots >= 4, "{self:?} for heads of {}", spec.head_dim);
         vec![("SLOTS", self.slots)]
     }
 }
