@@ -18,6 +18,18 @@ pub fn bitfast(args: &[&str]) -> Command {
     command
 }
 
+/// The address that a server says it listens on, from its standard error.
+pub fn listening(stderr: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
+        if let Some(address) = line.trim().strip_prefix("listening on http://") {
+            return address.to_owned();
+        }
+    }
+}
+
 /// A server of the tiny model on a port of its own; gone when dropped.
 pub struct Server {
     child: Child,
@@ -42,14 +54,7 @@ impl Server {
         command.envs(environment.iter().copied());
         let mut child = command.spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        let address = loop {
-            line.clear();
-            assert_ne!(stderr.read_line(&mut line).unwrap(), 0, "the server ended");
-            if let Some(address) = line.trim().strip_prefix("listening on http://") {
-                break address.to_string();
-            }
-        };
+        let address = listening(&mut stderr);
         // Somebody has to read what it says later.
         std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
         Self { child, address }
