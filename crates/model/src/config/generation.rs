@@ -1,14 +1,15 @@
 use super::fields::Fields;
 use crate::ConfigError;
 
-/// The sampling defaults that a model's maker recommends (`generation_config.json`).
+/// The sampling defaults that a model's maker recommends (`generation_config.json`), in the ranges of requests: else every request without
+/// its own value would be refused.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
     /// Token that starts a text.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text; they replace the config's own when not empty.
     pub eos_token_ids: Vec<u32>,
-    /// Finite, at least 0.
+    /// In [0, 2].
     pub temperature: Option<f32>,
     /// In (0, 1].
     pub top_p: Option<f32>,
@@ -16,7 +17,7 @@ pub struct GenerationConfig {
     pub top_k: Option<u32>,
     /// In [0, 1].
     pub min_p: Option<f32>,
-    /// Above 0.
+    /// In (0, 2].
     pub repetition_penalty: Option<f32>,
     /// Most tokens to generate.
     pub max_new_tokens: Option<u32>,
@@ -34,11 +35,11 @@ impl GenerationConfig {
         Ok(Self {
             bos_token_id: f.token("bos_token_id")?,
             eos_token_ids: f.tokens("eos_token_id")?,
-            temperature: number("temperature", "at least 0", |x| x >= 0.0 && x.is_finite())?,
+            temperature: number("temperature", "in [0, 2]", |x| (0.0..=2.0).contains(&x))?,
             top_p: number("top_p", "in (0, 1]", |x| x > 0.0 && x <= 1.0)?,
             top_k: f.token("top_k")?,
             min_p: number("min_p", "in [0, 1]", |x| (0.0..=1.0).contains(&x))?,
-            repetition_penalty: number("repetition_penalty", "above 0", |x| x > 0.0 && x.is_finite())?,
+            repetition_penalty: number("repetition_penalty", "in (0, 2]", |x| x > 0.0 && x <= 2.0)?,
             max_new_tokens: f.token("max_new_tokens")?,
         })
     }
@@ -59,6 +60,8 @@ mod tests {
         assert_eq!(GenerationConfig::from_json("g.json", "{}").unwrap(), GenerationConfig::default());
         for (text, needle) in [
             (r#"{"top_p": 1.5}"#, "top_p: 1.5 is not in (0, 1]"),
+            (r#"{"temperature": 2.5}"#, "temperature: 2.5 is not in [0, 2]"),
+            (r#"{"repetition_penalty": 3}"#, "repetition_penalty: 3 is not in (0, 2]"),
             (r#"{"top_k": -1}"#, "top_k: -1 is not a token id"),
             (r#"{"eos_token_id": [1, "x"]}"#, "eos_token_id"),
             (r#"{"temperature": "hot"}"#, "temperature: \"hot\" is not a number"),
