@@ -18,7 +18,7 @@ and run in a temporary folder there; prints a table and fails on any difference:
   cargo xtask gpu --shell \"ssh gpu-host\"
   cargo xtask gpu --shell \"bash -c\"              (this machine)
 Without it: copy the bundle, unpack it, run ./run.sh there.
-  --jobs       so many tests side by side there (1; 8 fit in 80 GB and take a fifth of the time)
+  --jobs       so many tests side by side there (1; 8 fit in 80 GB)
   --sanitizer  also run the small twin tests under compute-sanitizer (memcheck and racecheck)
   --env        set a variable there, such as BITFAST_NVRTC=/path/libnvrtc.so.13
   TEST         only these, such as twin_linear";

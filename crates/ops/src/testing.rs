@@ -10,6 +10,15 @@ pub(crate) fn word(i: u64, salt: u64) -> u64 {
     z ^ z >> 31
 }
 
+/// Significand in [1, 2) (or below, for denormals: no exponent is below `least`) and exponent; zero has the exponent `of_zero`.
+pub(crate) fn split(x: f64, least: i32, of_zero: i32) -> (f64, i32) {
+    if x == 0.0 {
+        return (0.0, of_zero);
+    }
+    let exponent = ((x.to_bits() >> 52 & 0x7FF) as i32 - 1023).max(least);
+    (x * 2f64.powi(-exponent), exponent)
+}
+
 /// Uniform in [-scale, scale).
 pub(crate) fn floats(n: usize, salt: u64, scale: f32) -> Vec<f32> {
     (0..n as u64).map(|i| ((word(i, salt) >> 40) as f32 / 8_388_608.0 - 1.0) * scale).collect()

@@ -92,22 +92,13 @@ fn truncated(sum: i64, unit: i32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::word;
-
-    /// Significand in [1, 2) (or below, for denormals) and exponent.
-    fn split(x: f64, least: i32) -> (f64, i32) {
-        if x == 0.0 {
-            return (0.0, -126);
-        }
-        let exponent = ((x.to_bits() >> 52 & 0x7FF) as i32 - 1023).max(least);
-        (x * 2f64.powi(-exponent), exponent)
-    }
+    use crate::testing::{split, word};
 
     /// The same step in f64, with other means: the form in which the hardware was measured.
     fn model(acc: f32, a: &[E4m3], b: &[E4m3]) -> f32 {
-        let mut terms = vec![split(acc.into(), -126)];
+        let mut terms = vec![split(acc.into(), -126, -126)];
         for (a, b) in a.iter().zip(b) {
-            let ((x, p), (y, q)) = (split(a.to_f32().into(), -6), split(b.to_f32().into(), -6));
+            let ((x, p), (y, q)) = (split(a.to_f32().into(), -6, -126), split(b.to_f32().into(), -6, -126));
             terms.push((x * y, if x * y == 0.0 { -126 } else { p + q }));
         }
         let largest = terms.iter().map(|t| t.1).max().unwrap();
@@ -116,7 +107,7 @@ mod tests {
         if total == 0.0 {
             return 0.0;
         }
-        let (s, e) = split(total, -126);
+        let (s, e) = split(total, -126, -126);
         ((s * 8192.0).trunc() * 2f64.powi(e - 13)) as f32
     }
 

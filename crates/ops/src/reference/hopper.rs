@@ -84,22 +84,13 @@ fn round_toward_zero(sum: i64, unit: i32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::word;
-
-    /// Significand in [1, 2) (or below, for denormals) and exponent; (0, -133) for zero.
-    fn split(x: f64, min_exponent: i32) -> (f64, i32) {
-        if x == 0.0 {
-            return (0.0, -133);
-        }
-        let exponent = ((x.to_bits() >> 52 & 0x7FF) as i32 - 1023).max(min_exponent);
-        (x * 2f64.powi(-exponent), exponent)
-    }
+    use crate::testing::{split, word};
 
     /// The same step as a model in f64, with other means: the form in which the hardware was measured.
     fn model(acc: f32, a: &[bf16; 16], b: &[bf16; 16]) -> f32 {
-        let mut terms = vec![split(acc as f64, -126)];
+        let mut terms = vec![split(acc as f64, -126, -133)];
         for (a, b) in a.iter().zip(b) {
-            let ((x, p), (y, q)) = (split(a.to_f64(), -126), split(b.to_f64(), -126));
+            let ((x, p), (y, q)) = (split(a.to_f64(), -126, -133), split(b.to_f64(), -126, -133));
             terms.push((x * y, if x * y == 0.0 { -133 } else { p + q }));
         }
         let largest = terms.iter().map(|t| t.1).max().unwrap();
@@ -110,7 +101,7 @@ mod tests {
         if total == 0.0 {
             return 0.0;
         }
-        let (s, e) = split(total, -126);
+        let (s, e) = split(total, -126, -133);
         ((s * 2f64.powi(23)).trunc() * 2f64.powi(e - 23)) as f32
     }
 
