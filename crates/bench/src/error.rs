@@ -86,6 +86,9 @@ impl Error {
         Self::File { path: path.as_ref().to_path_buf(), message: error.to_string() }
     }
 
+    /// Most tokens of a prompt or an answer, requests, and repetitions that a setting takes.
+    pub(crate) const MOST: usize = 1 << 24;
+
     /// Refuses a number outside of the range.
     pub(crate) fn unless_within(param: &str, value: usize, range: std::ops::RangeInclusive<usize>) -> Result {
         if value < *range.start() {

@@ -95,9 +95,6 @@ impl Default for Settings {
     }
 }
 
-/// Most tokens of a prompt or an answer, requests of a batch, trials.
-const MOST: usize = 1 << 24;
-
 impl Settings {
     /// Refuses what cannot be measured, before anything is loaded.
     pub fn check(&self) -> Result {
@@ -109,7 +106,7 @@ impl Settings {
             ("max-tokens", self.max_tokens as usize),
             ("tp-size", self.tp_size),
         ];
-        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=MOST))?;
+        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=Error::MOST))?;
         if self.max_prompt < self.min_prompt {
             let message = format!("{} is less than min-prompt ({})", self.max_prompt, self.min_prompt);
             return Err(Error::setting("max-prompt", message));

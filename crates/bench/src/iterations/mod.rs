@@ -77,9 +77,6 @@ pub struct Settings {
     pub trace_timeout: Duration,
 }
 
-/// Most tokens of a prompt or an answer, and requests of a batch.
-const MAX_LEN: usize = 1 << 24;
-
 impl Settings {
     /// One prefill of 128 tokens, five times.
     pub fn new(clients: Vec<Client>) -> Self {
@@ -110,7 +107,7 @@ impl Settings {
             return Err(Error::setting("endpoints", "names no server"));
         }
         let most = |param: &str, list: &[usize]| {
-            list.iter().try_for_each(|n| Error::unless_within(param, *n, 0..=MAX_LEN))
+            list.iter().try_for_each(|n| Error::unless_within(param, *n, 0..=Error::MOST))
         };
         most("batch-size", &self.batch_sizes)?;
         most("context-len", &self.context_lens)?;

@@ -7,7 +7,7 @@ use bitfast_llm::{Clock, LLM, SleepLevel, StepRecord};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use serde_json::json;
 
-use super::{EngineFacts, HEAD, Load, MOST, cells, row};
+use super::{EngineFacts, HEAD, Load, cells, row};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 use crate::report::{Bar, Page, bars, histogram, timestamp};
@@ -28,8 +28,8 @@ impl Settings {
     /// Refuses what cannot be measured, before anything is loaded.
     pub fn check(&self) -> Result {
         self.load.check("batch-size")?;
-        Error::unless_within("num-iters", self.num_iters, 1..=MOST)?;
-        Error::unless_within("num-iters-warmup", self.num_iters_warmup, 0..=MOST)
+        Error::unless_within("num-iters", self.num_iters, 1..=Error::MOST)?;
+        Error::unless_within("num-iters-warmup", self.num_iters_warmup, 0..=Error::MOST)
     }
 }
 

@@ -18,8 +18,6 @@ use crate::random::token_ids;
 
 /// KV blocks of no device have more tokens; a sequence's last block may be partly used.
 const LARGEST_BLOCK: usize = 128;
-/// Most tokens of a prompt or an answer, and requests.
-const MOST: usize = 1 << 24;
 /// Sequences of a step that are set unasked.
 const MOST_SEQS: usize = 256;
 
@@ -44,7 +42,7 @@ impl Load {
             ("output-len", self.output_len as usize),
             (requests, self.requests),
         ];
-        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=MOST))
+        all.iter().try_for_each(|(param, value)| Error::unless_within(param, *value, 1..=Error::MOST))
     }
 
     /// Tokens of a request, prompt and answer.

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use bitfast_llm::{Clock, LLM};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
-use super::{EngineFacts, HEAD, Load, MOST, cells, row};
+use super::{EngineFacts, HEAD, Load, cells, row};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 use crate::report::{Bar, Page, bars, timestamp};
@@ -24,7 +24,7 @@ impl Settings {
     /// Refuses what cannot be measured, before anything is loaded.
     pub fn check(&self) -> Result {
         self.load.check("num-prompts")?;
-        Error::unless_within("repeats", self.repeats, 1..=MOST)
+        Error::unless_within("repeats", self.repeats, 1..=Error::MOST)
     }
 }
 

@@ -68,8 +68,6 @@ pub struct Sample {
 const PREFIX: u64 = 1 << 40;
 const LENGTHS: u64 = 1 << 41;
 const SHUFFLE: u64 = 1 << 42;
-/// Most tokens of a prompt, and of an answer.
-const MAX_TOKENS: usize = 1 << 24;
 /// Most tokens of all random prompts, which are drawn before the load begins: 8 GiB.
 const MAX_TOKENS_IN_ALL: usize = 1 << 31;
 /// Characters of a token of English text, for answers' lengths only: prompts are counted by the server.
@@ -105,7 +103,7 @@ impl Dataset {
                     return Err(Error::setting("random-range-ratio", "must be from 0 to below 1"));
                 }
                 lengths("random-prefix-len", *prefix_len, "random-input-len", *input_len, count)?;
-                Error::unless_within("random-output-len", *output_len, 1..=MAX_TOKENS)?;
+                Error::unless_within("random-output-len", *output_len, 1..=Error::MOST)?;
                 let prefix = token_ids(*prefix_len, *vocab_size, seed, PREFIX);
                 let mut lengths = Random::new(seed, LENGTHS);
                 let mut around = |len: usize| {
@@ -128,7 +126,7 @@ impl Dataset {
                 let names = ["prefix-repetition-suffix-len", "prefix-repetition-prefix-len"];
                 Error::unless_within("prefix-repetition-num-prefixes", *num_prefixes, 1..=usize::MAX)?;
                 lengths(names[0], *suffix_len, names[1], *prefix_len, count)?;
-                Error::unless_within("prefix-repetition-output-len", *output_len, 1..=MAX_TOKENS)?;
+                Error::unless_within("prefix-repetition-output-len", *output_len, 1..=Error::MOST)?;
                 let sample = |stream: u64| {
                     let prefix =
                         token_ids(*prefix_len, *vocab_size, seed, PREFIX + stream % *num_prefixes as u64);
@@ -155,8 +153,8 @@ impl Dataset {
 
 /// Checks the two parts of random prompts; the second one must have what the first one leaves out.
 fn lengths(part: &str, part_len: usize, main: &str, main_len: usize, count: usize) -> Result {
-    Error::unless_within(part, part_len, 0..=MAX_TOKENS)?;
-    Error::unless_within(main, main_len, usize::from(part_len == 0)..=MAX_TOKENS)?;
+    Error::unless_within(part, part_len, 0..=Error::MOST)?;
+    Error::unless_within(main, main_len, usize::from(part_len == 0)..=Error::MOST)?;
     if (part_len + main_len).saturating_mul(count) > MAX_TOKENS_IN_ALL {
         let message = format!("{count} prompts have more than {MAX_TOKENS_IN_ALL} tokens together");
         return Err(Error::setting(main, message));

@@ -50,15 +50,13 @@ pub struct Settings {
     pub shown: Shown,
 }
 
-/// Most requests of a load.
-const MAX_REQUESTS: usize = 1 << 24;
 /// Longest time over which requests come.
 const LONGEST_S: f64 = 365.0 * 86400.0;
 
 impl Settings {
     fn check(&self) -> Result {
-        Error::unless_within("num-prompts", self.num_prompts, 1..=MAX_REQUESTS)?;
-        Error::unless_within("num-warmups", self.num_warmups, 0..=MAX_REQUESTS)?;
+        Error::unless_within("num-prompts", self.num_prompts, 1..=Error::MOST)?;
+        Error::unless_within("num-warmups", self.num_warmups, 0..=Error::MOST)?;
         if self.max_concurrency == Some(0) {
             return Err(Error::setting("max-concurrency", "must be at least 1"));
         }
