@@ -9,10 +9,8 @@ use bitfast_ops::NormDesc;
 
 mod common;
 
-use common::{Filler, Result, time_in_turns};
+use common::{COPY, Filler, Result, time_in_turns};
 
-/// Bytes a second of a copy on an H100, reads and writes together.
-const COPY: f64 = 3.02e12;
 /// Bytes that a graph's launches move.
 const COLD: usize = 256 << 20;
 /// Rows of the rotation table.

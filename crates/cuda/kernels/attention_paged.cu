@@ -10,7 +10,7 @@
 // SPLIT 0: it takes all of them, one after the other; the fold so far lies in shared memory.
 // FREE: with SPLIT 1, splits are as long as the item says: the unconstrained mode, whose bits follow the batch.
 //
-// Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT [FREE]
+// Macros: D GROUP KV_HEADS ROW_WARPS DIM_WARPS HALF SLOTS MIN_CTAS SPLIT [FREE] [RACECHECK]
 #ifdef FREE
 #define SPLIT_TILES ((int)item.split_tiles)
 static_assert(SPLIT, "whole rows fold at the contract's splits");
@@ -18,6 +18,13 @@ static_assert(SPLIT, "whole rows fold at the contract's splits");
 #define SPLIT_TILES 8
 #endif
 #define WARPS (ROW_WARPS * DIM_WARPS)
+#ifdef RACECHECK // takes an arrival as its lane's alone, __syncwarp or not
+#define HANDS_BACK true
+#define HAND_BACKS (32 * WARPS)
+#else
+#define HANDS_BACK (lane == 0)
+#define HAND_BACKS WARPS
+#endif
 #define ROWS (HALF ? 8 : 16 * ROW_WARPS) // HALF: rows 8 to 15 of the one row tile stay empty
 #define DIMS (D / DIM_WARPS)
 #define NT (DIMS / 8)
@@ -48,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     if (first_tile >= all_tiles) return;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, WARPS);
+        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, HAND_BACKS);
         mbar_init_fence();
     }
     __syncthreads();
@@ -129,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
         auto release_slot = [&](int i) {
             async_proxy_fence();
             __syncwarp();
-            if (lane == 0) mbar_arrive(empty + 8 * (i % SLOTS));
+            if (HANDS_BACK) mbar_arrive(empty + 8 * (i % SLOTS));
         };
         wait_slot(i);
         if (key0 > high_pos) { // masked for every row of this warp: would change no bit

@@ -37,13 +37,13 @@ pub struct KernelSource {
 }
 
 impl KernelSource {
-    /// What NVRTC is given.
-    fn program(&self) -> String {
+    /// What NVRTC is given; `common` macros come first.
+    fn program(&self, common: &[(&'static str, i64)]) -> String {
         let mut program = String::from(PRELUDE);
         if let Some(n) = self.wgmma_n {
             program += &wgmma_wrapper(n);
         }
-        for (name, value) in &self.defines {
+        for (name, value) in common.iter().chain(&self.defines) {
             writeln!(program, "#define {name} {value}").expect("a String grows");
         }
         for part in self.parts {
@@ -69,6 +69,8 @@ pub struct Jit {
     nvrtc: NvrtcApi,
     version: (i32, i32),
     cache: Option<Cache>,
+    /// Macros of every kernel.
+    common: Vec<(&'static str, i64)>,
     /// The first failure to keep a cubin.
     unkept: Mutex<Option<CudaError>>,
     /// Compiled ahead of use; never iterated.
@@ -90,7 +92,15 @@ impl Jit {
             return Err(CudaError::TooOld { library: "NVRTC", major: version.0, minor: version.1 });
         }
         let cache = cache.map(Cache::new);
-        Ok(Self { nvrtc, version, cache, unkept: Mutex::default(), ready: Mutex::default() })
+        let (unkept, ready) = Default::default();
+        Ok(Self { nvrtc, version, cache, common: Vec::new(), unkept, ready })
+    }
+
+    /// Compiles every kernel with this macro too: for tools that watch kernels.
+    #[must_use]
+    pub fn define(mut self, name: &'static str, value: i64) -> Self {
+        self.common.push((name, value));
+        self
     }
 
     /// Refuses a device whose driver does not run this compiler's kernels.
@@ -149,7 +159,7 @@ impl Jit {
     }
 
     fn find(&self, source: &KernelSource) -> Result<Vec<u8>> {
-        let program = source.program();
+        let program = source.program(&self.common);
         let compile = || self.compile(ARCH, source, &program, &[]).map(|(cubin, _)| cubin);
         let Some(cache) = &self.cache else { return compile() };
         let name = format!("{}-{}.cubin", source.name, self.key(&program));
@@ -171,7 +181,7 @@ impl Jit {
     /// # Errors
     /// A compile error.
     pub fn report(&self, arch: &str, source: &KernelSource) -> Result<(Vec<u8>, String)> {
-        self.compile(arch, source, &source.program(), &["--ptxas-options=-v"])
+        self.compile(arch, source, &source.program(&self.common), &["--ptxas-options=-v"])
     }
 
     fn key(&self, program: &str) -> String {
@@ -287,11 +297,13 @@ mod tests {
 
     #[test]
     fn a_program_is_the_prelude_the_macros_and_the_parts() {
-        let program = source(3).program();
+        let program = source(3).program(&[("TOOL", 1)]);
         let at = |text: &str| program.find(text).unwrap_or_else(|| panic!("no {text:?}"));
         assert!(at("typedef unsigned char u8;") < at("wgmma_tb(float (&d)[32]"));
+        assert!(at("#define TOOL 1") < at("#define A 3"));
         assert!(at("#define A 3") < at("int x = A;"));
-        assert_ne!(program, source(4).program());
+        assert_ne!(source(3).program(&[]), source(4).program(&[]));
+        assert_ne!(source(3).program(&[]), program);
         assert_eq!(source(3).label(), "k A=3");
     }
 

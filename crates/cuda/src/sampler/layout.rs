@@ -4,6 +4,8 @@ use std::sync::Arc;
 use bitfast_ops::exact::logprob;
 use bitfast_ops::{BitMask, GREEDY_BELOW, LogprobsRow, RowChoice, RowFault, RowSample, SampleRow};
 
+use super::Pass;
+
 /// Words of an `Answer` and of a `Row` of `kernels/sampler.cuh`.
 const ANSWER_WORDS: usize = 10;
 const ROW_WORDS: usize = 26;
@@ -111,6 +113,16 @@ impl Step {
         step.filtered = step.append(filtered);
         step.reported = step.append(reported);
         step
+    }
+
+    /// Rows that a launch works on.
+    pub fn list(&self, pass: Pass) -> List {
+        match pass {
+            Pass::Scan => List { at: 0, len: self.rows },
+            Pass::Weigh => self.weighed,
+            Pass::Filter => self.filtered,
+            Pass::WeighRaw | Pass::Top => self.reported,
+        }
     }
 
     /// Byte offset of the rows.

@@ -13,7 +13,7 @@ use crate::rows::MATH;
 
 mod layout;
 
-use layout::{List, Step};
+use layout::Step;
 
 const SHARED: &str = include_str!("../../kernels/sampler.cuh");
 const SCAN: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_scan.cu")];
@@ -25,6 +25,25 @@ const UNIT: usize = 2048;
 /// Threads of the row passes and of the blocks that put a row in order.
 const PASS_THREADS: u32 = 256;
 const ORDER_THREADS: u32 = 1024;
+
+/// A launch of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// NaN, the largest logits, Gumbel-max without filters.
+    Scan,
+    /// Sums of weights and Gumbel-max of rows with top-p or min-p.
+    Weigh,
+    /// Rows with top-k or top-p.
+    Filter,
+    /// Ranks and sums of weights of rows with logprobs.
+    WeighRaw,
+    /// Log-sum-exp and best tokens of the same.
+    Top,
+}
+
+impl Pass {
+    const ALL: [Self; 5] = [Self::Scan, Self::Weigh, Self::Filter, Self::WeighRaw, Self::Top];
+}
 
 /// The compiled sampler of a vocabulary, with room for a step's rows.
 pub struct Sampler {
@@ -167,44 +186,68 @@ impl Sampler {
         unsafe { self.words_host.copy_to(stream, words, &self.words) }
     }
 
+    /// The kernels of the step under way, in order, and how many rows each one works on.
+    ///
+    /// Panics if none is under way.
+    pub fn passes(&self) -> Vec<(Pass, usize)> {
+        let step = self.under_way.as_ref().expect("a step was queued");
+        Pass::ALL.into_iter().map(|pass| (pass, step.list(pass).len)).filter(|(_, rows)| *rows > 0).collect()
+    }
+
+    /// Launches one of [`Self::passes`] once more, to time it; answers that were not collected before are lost.
+    ///
+    /// Panics if no step is under way.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn repeat(&self, stream: &Stream, logits: &Buffer, pass: Pass) -> Result<()> {
+        let step = self.under_way.as_ref().expect("a step was queued");
+        self.pass(stream, logits, step, pass, Overlap::WithPrevious)
+    }
+
     fn launch(&self, stream: &Stream, logits: &Buffer, step: &Step) -> Result<()> {
+        for pass in Pass::ALL {
+            // The first one follows a copy.
+            let overlap = if pass == Pass::Scan { Overlap::None } else { Overlap::WithPrevious };
+            self.pass(stream, logits, step, pass, overlap)?;
+        }
+        Ok(())
+    }
+
+    /// One kernel, if any row needs it.
+    fn pass(
+        &self,
+        stream: &Stream,
+        logits: &Buffer,
+        step: &Step,
+        pass: Pass,
+        overlap: Overlap,
+    ) -> Result<()> {
+        let list = step.list(pass);
+        if list.len == 0 {
+            return Ok(());
+        }
         let words = self.words.ptr();
-        let (answers, rows) = (words, words + step.rows_at() as u64);
+        let (answers, rows, list_at) = (words, words + step.rows_at() as u64, words + list.at as u64 * 4);
         let [logits, kept, runs, tops] = [logits, &self.kept, &self.runs, &self.tops].map(Buffer::ptr);
-        let address = |list: List| words + list.at as u64 * 4;
-        let pass = |rows: usize| Launch {
-            grid: [self.parts(rows), rows as u32, 1],
-            threads: PASS_THREADS,
-            overlap: Overlap::WithPrevious,
-        };
-        let order = |rows: usize| Launch { grid: [rows as u32, 1, 1], threads: ORDER_THREADS, ..pass(1) };
-        let weigh = |list: List, raw: i32| {
-            let [logits, kept, rows, list_at, runs, answers] =
-                [logits, kept, rows, address(list), runs, answers].map(Arg::Ptr);
-            let args = [logits, kept, rows, list_at, Arg::I32(raw), runs, answers];
-            // SAFETY: as below.
-            unsafe { self.weigh.launch(stream, pass(list.len), &args) }
-        };
-        // The first one follows a copy.
-        let first = Launch { overlap: Overlap::None, ..pass(step.rows) };
+        let whole =
+            Launch { grid: [self.parts(list.len), list.len as u32, 1], threads: PASS_THREADS, overlap };
+        let order = Launch { grid: [list.len as u32, 1, 1], threads: ORDER_THREADS, overlap };
+        let [logits, kept, runs, tops, words, answers, rows, list_at] =
+            [logits, kept, runs, tops, words, answers, rows, list_at].map(Arg::Ptr);
+        let raw = Arg::I32((pass == Pass::WeighRaw).into());
         // SAFETY: the kernels' signatures. Rows of logits were checked; `kept` and `runs` have room for `max_rows` rows, `tops` for the step's
         // tokens; the lists that rows refer to lie in `words`.
         unsafe {
-            self.scan.launch(stream, first, &[logits, words, rows, kept, answers].map(Arg::Ptr))?;
-            if step.weighed.len > 0 {
-                weigh(step.weighed, 0)?;
-            }
-            if step.filtered.len > 0 {
-                let args = [kept, rows, address(step.filtered), runs, answers].map(Arg::Ptr);
-                self.filter.launch(stream, order(step.filtered.len), &args)?;
-            }
-            if step.reported.len > 0 {
-                weigh(step.reported, 1)?;
-                let args = [logits, rows, address(step.reported), runs, tops, answers].map(Arg::Ptr);
-                self.top.launch(stream, order(step.reported.len), &args)?;
+            match pass {
+                Pass::Scan => self.scan.launch(stream, whole, &[logits, words, rows, kept, answers]),
+                Pass::Weigh | Pass::WeighRaw => {
+                    self.weigh.launch(stream, whole, &[logits, kept, rows, list_at, raw, runs, answers])
+                }
+                Pass::Filter => self.filter.launch(stream, order, &[kept, rows, list_at, runs, answers]),
+                Pass::Top => self.top.launch(stream, order, &[logits, rows, list_at, runs, tops, answers]),
             }
         }
-        Ok(())
     }
 
     /// Blocks of a row in a pass over `rows` rows: as many as run at once, six on a multiprocessor.

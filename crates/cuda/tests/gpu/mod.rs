@@ -14,11 +14,14 @@ pub struct Gpu {
     pub jit: Jit,
 }
 
-/// The card; panics where there is none.
+/// The card; panics where there is none. Under racecheck `BITFAST_RACECHECK` has kernels order their lanes in a way that it understands.
 pub fn gpu() -> Gpu {
     let device = Device::open(0).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"));
     let stream = device.stream().expect("a stream");
-    let jit = Jit::new(None, Some(cache())).expect("NVRTC");
+    let mut jit = Jit::new(None, Some(cache())).expect("NVRTC");
+    if std::env::var_os("BITFAST_RACECHECK").is_some() {
+        jit = jit.define("RACECHECK", 1);
+    }
     Gpu { device, stream, jit }
 }
 
