@@ -109,7 +109,7 @@ if [ "$sanitizer" = 1 ]; then
         done
     done
     # racecheck does not see that __syncwarp orders a warp's reads of a ring slot before the one lane that hands it back: without the macro of
-    # its runs it reports all other lanes (LOG.md, "racecheck and its two false alarms"). So it does look at the ring.
+    # its runs it reports all other lanes (LOG.md, "racecheck of every twin"). So it does look at the ring.
     if [ -x twin_attention ]; then start "twin_attention racecheck, control" reports_the_ring; fi
     wait
 fi
