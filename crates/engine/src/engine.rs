@@ -292,6 +292,7 @@ impl<R: Runner> Engine<R> {
             match command {
                 Command::Submit(submission) => self.take_up(*submission),
                 Command::Abort(key) => self.abort(key),
+                Command::StopSample { key, index } => self.stop_sample(key, index),
                 Command::ResetPrefixCache => self.scheduler.reset_prefix_cache(),
                 Command::Observe { recorder, done } => {
                     self.runner.set_observer(recorder.clone().map(|r| r as Arc<dyn OpObserver>));
@@ -332,20 +333,40 @@ impl<R: Runner> Engine<R> {
     }
 
     fn abort(&mut self, key: RequestKey) {
-        let Some(live) = self.requests.get_mut(&key) else { return };
+        let Some(live) = self.requests.get(&key) else { return };
         for index in 0..live.samples.len() as u32 {
-            let place = live.samples[index as usize].place;
-            if place == Place::Ended {
-                continue;
-            }
-            if let Place::Waiting(seq) | Place::Running(seq) = place {
+            self.end_sample(key, index, FinishReason::Abort);
+        }
+        self.end(key, None);
+    }
+
+    fn stop_sample(&mut self, key: RequestKey, index: u32) {
+        let Some(live) = self.requests.get(&key) else { return };
+        let place = live.samples.get(index as usize).map(|sample| sample.place);
+        let Some(Place::Waiting(seq) | Place::Running(seq)) = place else { return };
+        // Before its first token the other samples may wait for the prompt that it computes.
+        if self.scheduler.get(seq).expect("owned sequences live").output().is_empty() {
+            return;
+        }
+        self.end_sample(key, index, FinishReason::Stop);
+        if self.requests[&key].unfinished == 0 {
+            self.end(key, None);
+        }
+    }
+
+    /// Ends a sample that has not ended, wherever it is.
+    fn end_sample(&mut self, key: RequestKey, index: u32, reason: FinishReason) {
+        let live = self.requests.get_mut(&key).expect("the request lives");
+        match live.samples[index as usize].place {
+            Place::Ended => return,
+            Place::Behind => {}
+            Place::Waiting(seq) | Place::Running(seq) => {
                 self.scheduler.abort(seq);
                 self.owners.remove(&seq);
             }
-            live.finish(index, FinishReason::Abort, None);
-            self.stats.count_end(FinishReason::Abort);
         }
-        self.end(key, None);
+        live.finish(index, reason, None);
+        self.stats.count_end(reason);
     }
 
     fn abort_all(&mut self) {

@@ -59,6 +59,10 @@ pub(crate) type RequestKey = u64;
 pub(crate) enum Command {
     Submit(Box<Submission>),
     Abort(RequestKey),
+    StopSample {
+        key: RequestKey,
+        index: u32,
+    },
     ResetPrefixCache,
     /// Records steps and ops from now on, or no longer; `done` is told.
     Observe {

@@ -70,6 +70,45 @@ fn end_tokens_end() {
 }
 
 #[test]
+fn a_stopped_sample_costs_no_further_step_and_moves_no_other() {
+    let run = |stops: &[(usize, u32)]| {
+        let (mut engine, handle) = engine(config());
+        let sampling = SamplingParams { n: 3, logprobs: Some(1), seed: Some(5), ..max_tokens(12) };
+        let mut stream = handle.submit(request("r", 0..9, sampling)).unwrap();
+        let mut step = 0;
+        loop {
+            stops.iter().filter(|(at, _)| *at == step).for_each(|(_, index)| stream.stop_sample(*index));
+            let Step::Ran(_) = engine.step() else { break };
+            engine.check();
+            step += 1;
+        }
+        assert_eq!(handle.stats().kv_blocks_used, 0);
+        assert_eq!((handle.load(), handle.stats().finished_abort), (0, 0));
+        let rows: Vec<u32> = handle.step_stats(0).iter().map(|record| record.decode_tokens).collect();
+        (ready(&mut stream), rows)
+    };
+    let of = |events: &[Event], sample: u32| -> Vec<Event> {
+        let of = |e: &&Event| matches!(e, Event::Token { index, .. } | Event::Finished { index, .. } if *index == sample);
+        events.iter().filter(of).cloned().collect()
+    };
+    let (whole, whole_rows) = run(&[]);
+    // Before the first token, of a sample that is not there, and once more after its end: nothing.
+    let (events, rows) = run(&[(0, 0), (0, 2), (3, 7), (4, 1), (5, 1), (9, 0)]);
+    assert_eq!(of(&events, 2), of(&whole, 2));
+    for (sample, tokens_before) in [(0, 9), (1, 3)] {
+        let (got, all) = (of(&events, sample), of(&whole, sample));
+        let end = Event::Finished { index: sample, reason: FinishReason::Stop, stop_token: None };
+        assert_eq!((&got[..tokens_before], &got[tokens_before..]), (&all[..tokens_before], &[end][..]));
+    }
+    assert_eq!(whole_rows[2..13], [3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 2]);
+    assert_eq!(rows[2..13], [3, 3, 2, 2, 2, 2, 2, 1, 1, 1, 1]);
+    // The last one's end is the request's.
+    let (events, _) = run(&[(4, 0), (4, 1), (6, 2)]);
+    assert!(matches!(events.last(), Some(Event::Done(_))), "{events:?}");
+    assert_eq!(finished(&events).len(), 3);
+}
+
+#[test]
 fn max_tokens_is_clamped_to_the_context() {
     let events = complete(0..60, max_tokens(1000));
     assert_eq!((tokens(&events, 0), finished(&events)[0].1), ((60..64).collect(), FinishReason::Length));

@@ -24,6 +24,14 @@ pub struct Chunk {
     pub stop_reason: Option<StopReason>,
 }
 
+impl Chunk {
+    /// True when a stop string ended the sample, which the engine does not know of: tell it
+    /// ([`bitfast_engine::RequestGuard::stop_sample`]), or the sample goes on for nothing.
+    pub fn ends_by_text(&self) -> bool {
+        matches!(self.stop_reason, Some(StopReason::Text(_)))
+    }
+}
+
 /// Where a request stands after an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
@@ -130,13 +138,6 @@ impl Assembler {
                 Ok(Step::Done)
             }
         }
-    }
-
-    /// True when every sample has ended, some by a stop string, which the engine does not know of: abort the
-    /// request, or it goes on for nothing.
-    pub fn can_abort(&self) -> bool {
-        let by_text = |o: &CompletionOutput| matches!(o.stop_reason, Some(StopReason::Text(_)));
-        self.has_ended() && self.output.outputs.iter().any(by_text)
     }
 
     fn has_ended(&self) -> bool {
@@ -321,7 +322,6 @@ mod tests {
         ] {
             assert_ne!(a.push(event).unwrap(), Step::Done);
         }
-        assert!(!a.can_abort(), "the engine knows of these ends");
         assert_eq!(a.push(Event::Done(RequestMetrics::default())).unwrap(), Step::Done);
         let out = a.into_output();
         assert_eq!((out.seed, out.num_cached_tokens), (77, 1));

@@ -249,9 +249,9 @@ impl LLM {
             let Some((assembler, guard)) = live.get_mut(&index) else { continue };
             let result = match assembler.push(event) {
                 Ok(Step::Quiet) => continue,
-                Ok(Step::Chunk(_)) => {
-                    if assembler.can_abort() {
-                        guard.abort();
+                Ok(Step::Chunk(chunk)) => {
+                    if chunk.ends_by_text() {
+                        guard.stop_sample(chunk.index);
                     }
                     continue;
                 }

@@ -116,8 +116,8 @@ impl Iterator for Stream {
             match self.assembler.push(event) {
                 Ok(Step::Quiet) => {}
                 Ok(Step::Chunk(chunk)) => {
-                    if self.assembler.can_abort() {
-                        self.abort();
+                    if let (true, Some(guard)) = (chunk.ends_by_text(), &self.guard) {
+                        guard.stop_sample(chunk.index);
                     }
                     return Some(Ok(chunk));
                 }

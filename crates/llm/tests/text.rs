@@ -102,6 +102,33 @@ fn each_sample_stops_at_its_own_place() {
 }
 
 #[test]
+fn a_sample_that_stopped_costs_nothing_while_others_go_on() {
+    let llm = llm();
+    let free = Request::new("hello", SamplingParams { n: 3, ..ascii(3, 600) });
+    let whole = llm.stream(free.clone()).unwrap().finish().unwrap();
+    // A text that one sample has, and has early.
+    let text = &whole.outputs[1].text;
+    let stop = text[10..14].to_string();
+    assert!(!whole.outputs[0].text.contains(&stop) && !whole.outputs[2].text.contains(&stop));
+    let params = SamplingParams { stop: vec![stop], ..free.params };
+    let tokens = || llm.fleet().stats().generation_tokens;
+    let streamed = || llm.stream(Request::new("hello", params.clone())).unwrap().finish().unwrap();
+    let run = || llm.generate(["hello"], &params).unwrap().remove(0);
+    for ask in [&streamed as &dyn Fn() -> RequestOutput, &run] {
+        let before = tokens();
+        let output = ask();
+        assert_eq!(output.outputs[1].text, text[..10]);
+        for other in [0, 2] {
+            assert_eq!(output.outputs[other], whole.outputs[other]);
+        }
+        let spent = tokens() - before;
+        // Who waits for the text may be late, but not by hundreds of steps.
+        assert!((1214..1600).contains(&spent), "{spent} tokens were computed for 1214");
+        assert_eq!(llm.fleet().stats().finished_abort, 0);
+    }
+}
+
+#[test]
 fn a_stop_token_leaves_no_text() {
     let llm = llm();
     let free = one(&llm, "hello", ascii(4, 20));

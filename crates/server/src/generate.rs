@@ -128,8 +128,8 @@ impl Running {
         match part.assembler.push(event) {
             Ok(Step::Quiet) => None,
             Ok(Step::Chunk(chunk)) => {
-                if part.assembler.can_abort() {
-                    part.guard.abort();
+                if chunk.ends_by_text() {
+                    part.guard.stop_sample(chunk.index);
                 }
                 Some(Ok(Update::Chunk(index, chunk)))
             }

@@ -115,6 +115,53 @@ fn a_slow_reader_stalls_nobody_and_gets_everything() {
 }
 
 #[test]
+fn a_sample_that_stopped_costs_nothing_while_others_go_on() {
+    let server = fake_server(&Levers { step: Duration::from_millis(1), ..Levers::default() });
+    let s = server.client;
+    let ask = |stop: Value, stream: bool| {
+        let body = json!({
+            "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": true, "n": 4, "seed": 1, "stop": stop, "stream": stream,
+            "allowed_token_ids": (35..61).collect::<Vec<u32>>(),
+        });
+        s.post("/v1/completions", &body)
+    };
+    let whole = ask(json!([]), false).ok();
+    let texts = |answer: &Value| -> Vec<String> {
+        let choices = answer["choices"].as_array().unwrap();
+        choices.iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
+    };
+    let texts_whole = texts(&whole);
+    let stop = texts_whole[2][5..10].to_owned();
+    let metric = |name: &str| -> f64 {
+        let page = s.get("/metrics").text();
+        let line =
+            page.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}: {page}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let computed = || metric("vllm:generation_tokens_total");
+    for stream in [false, true] {
+        let before = computed();
+        let reply = ask(json!([stop]), stream);
+        if !stream {
+            let answer = reply.ok();
+            assert_eq!(answer["usage"]["completion_tokens"], 3 * 400 + 10);
+            for (i, text) in texts(&answer).iter().enumerate() {
+                assert_eq!(*text, if i == 2 { &texts_whole[2][..5] } else { &texts_whole[i] });
+            }
+        }
+        let spent = computed() - before;
+        assert!((1210.0..1400.0).contains(&spent), "{spent} tokens were computed for 1210");
+    }
+    let ended = |reason: &str| {
+        let page = s.get("/metrics").text();
+        let is = |line: &&str| line.starts_with("vllm:request_success_total") && line.contains(reason);
+        page.lines().find(is).unwrap().rsplit(' ').next().unwrap().to_owned()
+    };
+    assert_eq!([ended("stop"), ended("length"), ended("abort")], ["2", "10", "0"]);
+    eventually("an idle server", || is_idle(&s));
+}
+
+#[test]
 fn bodies_that_are_no_request_are_refused() {
     let server = fake_server(&Levers::default());
     let s = server.client;
