@@ -5,6 +5,7 @@ use std::time::Duration;
 use bitfast::EngineArgs;
 use bitfast_server::{ServeError, Server, ServerConfig, Stop};
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::exit::{Exit, Outcome, say};
 use crate::flags::EngineFlags;
@@ -97,6 +98,7 @@ pub struct ChatFlags {
 pub fn serve(args: &ServeArgs) -> Outcome {
     let engine = engine_args(args)?;
     let config = server_config(args, &engine.model);
+    raise_open_files();
     // A model may take its time to load.
     Server::check(&config, &args.http.host, args.http.port)?;
     let llm = progress::start(engine, args.engine.quiet)?;
@@ -112,6 +114,14 @@ pub fn serve(args: &ServeArgs) -> Outcome {
         asked.stop();
     };
     Ok(interrupt::catch(stop_well, || server.run(&stop))?)
+}
+
+/// As many open files as the system allows this process: a connection is one, and many systems start processes with
+/// fewer than the server takes connections.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // A refusal leaves what there was: connections beyond it wait.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 fn engine_args(args: &ServeArgs) -> bitfast::Result<EngineArgs> {

@@ -7,8 +7,18 @@ use std::process::{Child, Command, Stdio};
 
 /// The command over the tiny model, without settings of the environment.
 fn serve(flags: &[&str]) -> Command {
+    prepared(Command::new(env!("CARGO_BIN_EXE_bitfast")), flags)
+}
+
+/// The same with this done in its shell before.
+fn serve_after(shell: &str, flags: &[&str]) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{shell}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_bitfast")]);
+    prepared(command, flags)
+}
+
+fn prepared(mut command: Command, flags: &[&str]) -> Command {
     let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/bytes-tokenizer");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bitfast"));
     command.args(["serve", "--load-format", "dummy", "--threads", "1", "--device", "cpu"]).args(flags);
     command.args(["--host", "127.0.0.1", "--tokenizer"]).arg(tokenizer);
     if !flags.contains(&"--port") {
@@ -23,7 +33,14 @@ fn serve(flags: &[&str]) -> Command {
 
 /// The server's process, the address it told, and what it tells after that.
 fn start(flags: &[&str]) -> (Child, String, BufReader<std::process::ChildStderr>) {
-    let mut child = serve(flags).spawn().unwrap();
+    start_command(serve(flags), flags)
+}
+
+fn start_command(
+    mut command: Command,
+    flags: &[&str],
+) -> (Child, String, BufReader<std::process::ChildStderr>) {
+    let mut child = command.spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut told = String::new();
     let address = loop {
@@ -105,6 +122,43 @@ fn ctrl_c_ends_it_well_too_and_without_patience_at_once() {
     let mut told = String::new();
     stderr.read_to_string(&mut told).unwrap();
     assert!(told.starts_with("stopping; live requests may finish within 0 s"), "{told}");
+}
+
+/// It raises the soft limit, and beyond the hard one connections wait: it serves those that are in, and then
+/// the others.
+#[test]
+#[cfg(target_os = "linux")]
+fn more_connections_than_files_wait() {
+    let (mut child, address, _stderr) = start_command(
+        serve_after("ulimit -Sn 40 && ulimit -Hn 80 || exit 9", &["-q", "tiny-llama"]),
+        &["-q", "tiny-llama"],
+    );
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().collect::<Vec<_>>()[3..5], ["80", "80"], "{files}");
+    let kept = || {
+        let mut socket = TcpStream::connect(&address).unwrap();
+        write!(socket, "GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        socket
+    };
+    let mut sockets: Vec<_> = (0..100).map(|_| kept()).collect();
+    let answered = |socket: &mut TcpStream| {
+        let mut line = String::new();
+        BufReader::new(socket).read_line(&mut line).unwrap();
+        assert_eq!(line.trim_end(), "HTTP/1.1 200 OK");
+    };
+    sockets[..20].iter_mut().for_each(answered);
+    let files = || std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap().count();
+    while files() < 80 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    // Those that waited are served once others are gone.
+    sockets.drain(..60);
+    sockets.iter_mut().for_each(answered);
+    drop(sockets);
+    assert!(answer(send(&address, "GET /health HTTP/1.1", "")).starts_with("HTTP/1.1 200"));
+    signal(&child, "-TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
