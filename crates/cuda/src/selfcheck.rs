@@ -5,7 +5,7 @@ use bitfast_ops::contract::{Join, KOrder};
 use bitfast_ops::{Class, bf16, reference};
 
 use crate::driver::{Buffer, Device, Overlap, Stream};
-use crate::jit::Jit;
+use crate::jit::{Jit, KernelSource};
 use crate::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide};
 use crate::{CudaError, Result};
 
@@ -46,21 +46,11 @@ impl Finding {
 /// The compiler's or the driver's; a difference is a finding, not an error.
 pub fn selfcheck(device: &Device, jit: &Jit, extent: Extent) -> Result<Vec<Finding>> {
     jit.require_driver(device)?;
+    jit.prepare(&sources(extent), std::thread::available_parallelism().map_or(1, usize::from))?;
     let bench = Bench { device, jit, stream: device.stream()? };
-    let kinds = Values::ALL.into_iter().filter(|v| extent == Extent::Full || v.is_short());
-    let variants = variants(extent);
-    let mut sources = vec![Variant::Reference.source(&STEPS)];
-    for (spec, _, variant) in &variants {
-        sources.extend([Variant::Reference.source(spec), variant.source(spec)]);
-    }
-    sources.dedup();
-    jit.prepare(&sources, std::thread::available_parallelism().map_or(1, usize::from))?;
-    let mut findings = Vec::new();
-    for values in kinds {
-        findings.push(bench.steps(values)?);
-    }
-    for (spec, rows, variant) in variants {
-        findings.push(bench.variant(spec, rows, variant)?);
+    let mut findings = bench.steps(extent)?;
+    for layer in layers(extent) {
+        findings.extend(bench.layer(&layer)?);
     }
     Ok(findings)
 }
@@ -87,25 +77,41 @@ const STEP_ROWS: usize = 32;
 /// Five blocks of 64 products.
 const SHAPES: LinearSpec = LinearSpec { n: 272, k: 320, order: CHAIN, output: Output::F32 };
 const SHAPE_ROWS: usize = 144;
+/// Rows that a tile may read behind the last one.
+const ROWS_BEHIND: usize = 256;
+
+/// A layer, and the kernels that are compared with the plain one on it.
+struct Layer {
+    spec: LinearSpec,
+    variants: Vec<Variant>,
+}
 
 /// Tile shapes of each kernel: mma.sync with tokens on the side of 8, wgmma with tokens on n, wgmma with tokens on the side of 64.
-fn variants(extent: Extent) -> Vec<(LinearSpec, usize, Variant)> {
+fn layers(extent: Extent) -> [Layer; 2] {
     let full = extent == Extent::Full;
-    let mut all = Vec::new();
-    for eights in if full { vec![1, 2] } else { vec![1] } {
-        all.push((SHAPES, 8 * eights, Variant::Few(Few { tiles: 1, token_eights: eights, stages: 4 })));
-    }
-    for tokens in if full { vec![8, 16, 32, 64, 128, 256] } else { vec![64] } {
-        let narrow = Narrow { tokens, groups: 1, stages: 2, ksplit: 1, min_ctas: 1 };
-        all.push((SHAPES, SHAPE_ROWS, Variant::Narrow(narrow)));
-    }
-    let shapes = LinearSpec { output: Output::Bf16, ..SHAPES };
-    for tile in if full { vec![64, 128, 192, 256] } else { vec![256] } {
-        let regs = [tile / 2 - tile / 2 % 4; 3];
-        let wide = Wide { tile, stages: 2, cluster: 1, raster: 1, out_cols: 32, regs };
-        all.push((shapes, SHAPE_ROWS, Variant::Wide(wide)));
-    }
-    all
+    let few: &[usize] = if full { &[1, 2] } else { &[1] };
+    let narrow: &[usize] = if full { &[8, 16, 32, 64, 128, 256] } else { &[64] };
+    let wide: &[usize] = if full { &[64, 128, 192, 256] } else { &[256] };
+    let few = few.iter().map(|&token_eights| Variant::Few(Few { tiles: 1, token_eights, stages: 4 }));
+    let narrow = narrow
+        .iter()
+        .map(|&tokens| Variant::Narrow(Narrow { tokens, groups: 1, stages: 2, ksplit: 1, min_ctas: 1 }));
+    let wide = wide.iter().map(|&tile| {
+        let regs = [tile / 2; 3];
+        Variant::Wide(Wide { tile, stages: 2, cluster: 1, raster: 1, out_cols: 32, regs })
+    });
+    [
+        Layer { spec: SHAPES, variants: few.chain(narrow).collect() },
+        Layer { spec: LinearSpec { output: Output::Bf16, ..SHAPES }, variants: wide.collect() },
+    ]
+}
+
+/// Every kernel of the check once, those that take longest to compile first.
+fn sources(extent: Extent) -> Vec<KernelSource> {
+    let layers = layers(extent);
+    let variants = layers.iter().rev().flat_map(|l| l.variants.iter().rev().map(|v| v.source(&l.spec)));
+    let plain = layers.iter().map(|layer| &layer.spec).chain([&STEPS]);
+    variants.chain(plain.map(|spec| Variant::Reference.source(spec))).collect()
 }
 
 /// What the factors of a check are like.
@@ -211,52 +217,72 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The plain mma.sync kernel against the model of the tensor core.
-    fn steps(&self, values: Values) -> Result<Finding> {
-        let (mut x, mut w) = (values.matrix(STEP_ROWS, STEPS.k, 1), values.matrix(STEPS.n, STEPS.k, 2));
-        if values == Values::Cancelling {
-            (x, w) = (even(x, STEPS.k), odd(w, STEPS.k));
-        }
-        let got = self.run(STEPS, Variant::Reference, &x, &w, STEP_ROWS)?;
-        let expected = reference::linear_f32(Class::Hopper, CHAIN, &x, &w, STEPS.k);
-        let expected: Vec<u32> = expected.iter().map(|v| v.to_bits()).collect();
-        let required = !matches!(values, Values::Overflowing | Values::NotFinite);
-        Ok(compared(format!("tensor-core step: {}", values.name()), required, &got, &expected))
-    }
-
-    /// A kernel against the plain one.
-    fn variant(&self, spec: LinearSpec, rows: usize, variant: Variant) -> Result<Finding> {
-        let x = even(Values::ManyOrders.matrix(rows, spec.k, 3), spec.k);
-        let w = odd(Values::ManyOrders.matrix(spec.n, spec.k, 4), spec.k);
-        let got = self.run(spec, variant, &x, &w, rows)?;
-        let expected = self.run(spec, Variant::Reference, &x, &w, rows)?;
-        let name = match variant {
-            Variant::Reference => unreachable!("it is what others are compared with"),
-            Variant::Few(v) => format!("mma.sync, {} tokens a tile", 8 * v.token_eights),
-            Variant::Narrow(v) => format!("wgmma, weights on the side of 64, n = {} tokens", v.tokens),
-            Variant::Wide(v) => format!("wgmma, tokens on the side of 64, n = {} outputs", v.tile),
+    /// The plain mma.sync kernel against the model of the tensor core, on each kind of values.
+    fn steps(&self, extent: Extent) -> Result<Vec<Finding>> {
+        let plain = self.linear(STEPS, Variant::Reference)?;
+        let kinds = Values::ALL.into_iter().filter(|values| extent == Extent::Full || values.is_short());
+        let finding = |values: Values| {
+            let (mut x, mut w) = (values.matrix(STEP_ROWS, STEPS.k, 1), values.matrix(STEPS.n, STEPS.k, 2));
+            if values == Values::Cancelling {
+                (x, w) = (even(x, STEPS.k), odd(w, STEPS.k));
+            }
+            let expected = reference::linear_f32(Class::Hopper, CHAIN, &x, &w, STEPS.k);
+            let expected: Vec<u32> = expected.iter().map(|v| v.to_bits()).collect();
+            let got = self.outputs(&plain, STEPS, &self.operands(x, &w, STEPS.k)?, STEP_ROWS)?;
+            let required = !matches!(values, Values::Overflowing | Values::NotFinite);
+            Ok(compared(format!("tensor-core step: {}", values.name()), required, &got, &expected))
         };
-        Ok(compared(name, true, &got, &expected))
+        kinds.map(finding).collect()
     }
 
-    /// The outputs' bits.
-    fn run(
+    /// Each variant against the plain kernel.
+    fn layer(&self, Layer { spec, variants }: &Layer) -> Result<Vec<Finding>> {
+        let x = even(Values::ManyOrders.matrix(SHAPE_ROWS, spec.k, 3), spec.k);
+        let w = odd(Values::ManyOrders.matrix(spec.n, spec.k, 4), spec.k);
+        let operands = self.operands(x, &w, spec.k)?;
+        let plain = self.linear(*spec, Variant::Reference)?;
+        let expected = self.outputs(&plain, *spec, &operands, SHAPE_ROWS)?;
+        let finding = |variant: &Variant| {
+            let (rows, name) = match variant {
+                Variant::Reference => unreachable!("it is what others are compared with"),
+                Variant::Few(v) => {
+                    (8 * v.token_eights, format!("mma.sync, {} tokens a tile", 8 * v.token_eights))
+                }
+                Variant::Narrow(v) => {
+                    (SHAPE_ROWS, format!("wgmma, weights on the side of 64, n = {} tokens", v.tokens))
+                }
+                Variant::Wide(v) => {
+                    (SHAPE_ROWS, format!("wgmma, tokens on the side of 64, n = {} outputs", v.tile))
+                }
+            };
+            let got = self.outputs(&self.linear(*spec, *variant)?, *spec, &operands, rows)?;
+            Ok(compared(name, true, &got, &expected[..rows * spec.n]))
+        };
+        variants.iter().map(finding).collect()
+    }
+
+    fn linear(&self, spec: LinearSpec, variant: Variant) -> Result<Linear> {
+        Linear::new(self.device, self.jit, spec, variant)
+    }
+
+    /// `x: [rows, k]` with rows of NaN behind it, and `w: [n, k]`, on the card.
+    fn operands(&self, mut x: Vec<bf16>, w: &[bf16], k: usize) -> Result<[Buffer; 2]> {
+        x.resize(x.len() + ROWS_BEHIND * k, bf16::NAN);
+        Ok([self.upload(&x)?, self.upload(w)?])
+    }
+
+    /// The bits of the first `rows` rows of outputs.
+    fn outputs(
         &self,
+        linear: &Linear,
         spec: LinearSpec,
-        variant: Variant,
-        x: &[bf16],
-        w: &[bf16],
+        [x, w]: &[Buffer; 2],
         rows: usize,
     ) -> Result<Vec<u32>> {
-        // Tiles may read past the last row.
-        let mut padded = x.to_vec();
-        padded.resize((rows + 256) * spec.k, bf16::NAN);
-        let (x, w) = (self.upload(&padded)?, self.upload(w)?);
-        let width = if spec.output == Output::F32 { 4 } else { 2 };
+        let width = spec.output_bytes();
         let y = self.device.alloc(rows * spec.n * width)?;
         y.fill(&self.stream, 0xFF)?;
-        let linear = Linear::new(self.device, self.jit, spec, variant)?;
-        linear.call(&x, &w, 0, &y, rows, Overlap::None)?.launch(&self.stream)?;
+        linear.call(x, w, 0, &y, rows, Overlap::None)?.launch(&self.stream)?;
         let mut bytes = vec![0; y.len()];
         y.read(&self.stream, 0, &mut bytes)?;
         let bits = |b: &[u8]| b.iter().rev().fold(0, |bits, byte| bits << 8 | u32::from(*byte));
@@ -314,9 +340,21 @@ mod tests {
     }
 
     #[test]
+    fn every_kernel_is_compiled_once() {
+        for (extent, kernels) in [(Extent::Short, 6), (Extent::Full, 15)] {
+            let sources = sources(extent);
+            let labels: std::collections::BTreeSet<String> =
+                sources.iter().map(KernelSource::label).collect();
+            assert_eq!((labels.len(), sources.len()), (kernels, kernels));
+        }
+    }
+
+    #[test]
     fn every_tile_shape_fits_a_block() {
         for extent in [Extent::Short, Extent::Full] {
-            assert!(variants(extent).iter().all(|(spec, _, variant)| variant.fits(spec)));
+            for Layer { spec, variants } in layers(extent) {
+                assert!(variants.iter().all(|variant| variant.fits(&spec)));
+            }
         }
     }
 }

@@ -72,7 +72,8 @@ impl LinearSpec {
         if self.output == Output::SiluMul { self.n / 2 } else { self.n }
     }
 
-    fn output_bytes(&self) -> usize {
+    /// Bytes of an output.
+    pub(crate) fn output_bytes(&self) -> usize {
         match self.output {
             Output::Bf16 | Output::SiluMul => 2,
             Output::F32 => 4,
