@@ -140,8 +140,8 @@ impl Backend for CpuBackend {
         Kv::new(layout, num_blocks)
     }
 
-    fn free_bytes(&self) -> u64 {
-        memory::available_bytes()
+    fn free_bytes(&self) -> Result<u64> {
+        Ok(memory::available_bytes())
     }
 
     fn weights_on_host(&self) -> bool {

@@ -19,6 +19,7 @@ mod llm;
 mod load;
 mod output;
 mod params;
+mod plan;
 mod request;
 mod selfcheck;
 mod start;

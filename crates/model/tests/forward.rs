@@ -70,8 +70,8 @@ impl Backend for Recorder {
     fn kv(&self, _: &KvLayout, _: usize) -> Result<()> {
         Ok(())
     }
-    fn free_bytes(&self) -> u64 {
-        0
+    fn free_bytes(&self) -> Result<u64> {
+        Ok(0)
     }
     fn begin(&mut self, _: &BatchInputs) -> Result<()> {
         Ok(())

@@ -282,7 +282,7 @@ pub trait Backend: Send + 'static {
     /// Allocates the cache.
     fn kv(&self, layout: &KvLayout, num_blocks: usize) -> Result<Self::Kv>;
     /// Bytes that may still be given to the KV cache, from the device's free memory.
-    fn free_bytes(&self) -> u64;
+    fn free_bytes(&self) -> Result<u64>;
     /// Whether packed weights are in the host's memory: an engine that sleeps to free the device keeps them.
     fn weights_on_host(&self) -> bool {
         false

@@ -51,7 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let load_s = start.elapsed().as_secs_f64();
     let layout = loaded.model.kv_layout(64);
     let tokens = cases.iter().map(|(b, c)| b * (c + answer(*b, *c) + 64)).max().unwrap_or(64);
-    let blocks = (tokens / 64 + most).min((be.free_bytes() / be.kv_block_bytes(&layout)) as usize);
+    let blocks = (tokens / 64 + most).min((be.free_bytes()? / be.kv_block_bytes(&layout)) as usize);
     let device = be.device();
     let start = Instant::now();
     let runner = ModelRunner::new(be, loaded, 64, blocks)?;

@@ -167,8 +167,8 @@ impl Backend for RefBackend {
         Ok(Kv { block_size: layout.block_size, layers: layers.collect() })
     }
 
-    fn free_bytes(&self) -> u64 {
-        1 << 30
+    fn free_bytes(&self) -> Result<u64> {
+        Ok(1 << 30)
     }
 
     fn begin(&mut self, batch: &BatchInputs) -> Result<()> {

@@ -245,10 +245,11 @@ impl Backend for CudaBackend {
         Ok(Kv { layers: layers.collect::<Result<_>>()? })
     }
 
-    fn free_bytes(&self) -> u64 {
-        let Ok((free, total)) = self.device.bind().and_then(|()| self.device.memory()) else { return 0 };
+    fn free_bytes(&self) -> Result<u64> {
+        let memory = self.device.bind().and_then(|()| self.device.memory());
+        let (free, total) = memory.map_err(failed(&self.name))?;
         let allowed = (total as f64 * self.memory_utilization) as u64;
-        allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES + self.later_bytes())
+        Ok(allowed.saturating_sub(total - free).saturating_sub(OWN_BYTES + self.later_bytes()))
     }
 
     fn release(&mut self) {
