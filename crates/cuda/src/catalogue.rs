@@ -1,10 +1,12 @@
-//! Every kernel instance that the plans of the anchor models use: what a check without a GPU compiles.
+//! Every kernel instance that the plans of the anchor models use: what a check without a GPU compiles. And where plans change: what tests
+//! on a GPU take both sides of.
 
 use std::collections::BTreeSet;
 
-use bitfast_ops::{LinearKind, NormDesc};
+use bitfast_ops::{LinearKind, NormDesc, SeqInput};
 
 use crate::attention::{AttentionSpec, Tiling};
+use crate::backend::{bucket, tilings};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
 use crate::rows::{QkvPrepSpec, RowOp};
@@ -25,6 +27,17 @@ pub const LAYERS: [(&str, usize, usize, LinearKind); 10] = [
     ("8B lm_head", 128_256, 4096, LinearKind::Vocab),
 ];
 
+/// The same of Llama-3.2-1B, but for those that it shares with the 1.7B.
+const SMALL_LAYERS: [(usize, usize, LinearKind); 4] = [
+    (3072, 2048, LinearKind::Column),
+    (16384, 2048, LinearKind::GateUp),
+    (2048, 8192, LinearKind::Row),
+    (128_256, 2048, LinearKind::Vocab),
+];
+
+/// Multiprocessors of an H100 and an H200.
+const SMS: usize = 132;
+
 /// What the assembler says of one instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
@@ -40,23 +53,22 @@ pub struct Report {
     pub bytes: usize,
 }
 
-/// The kernels that [`plan`] picks for [`LAYERS`] at any number of tokens to 8192 (of logits 512), the linear reference, row kernels, attention
-/// and the sampler; each once.
+/// The kernels that [`plan`] picks for the layers of Qwen3-1.7B, Llama-3.2-1B and Llama-3.1-8B, as the backend runs them, at any number of
+/// tokens to 8192 (of logits 512), the linear reference, row kernels, attention and the sampler; each once.
 pub fn kernels() -> Vec<KernelSource> {
     let mut sources = Vec::new();
-    for (_, n, k, kind) in LAYERS {
+    let layers = LAYERS.into_iter().map(|(_, n, k, kind)| (n, k, kind)).chain(SMALL_LAYERS);
+    for (n, k, kind) in layers {
         let plain = LinearSpec::new(kind, n, k);
-        let fused = plain.fused().filter(|_| kind == LinearKind::GateUp);
-        for spec in [Some(plain), fused].into_iter().flatten() {
-            let tokens = 1..=if kind == LinearKind::Vocab { 512 } else { 8192 };
-            let mut variants = vec![Variant::Reference];
-            for planned in tokens.map(|t| plan(&spec, t, 132)) {
-                if !variants.contains(&planned) {
-                    variants.push(planned);
-                }
+        let spec = plain.fused().filter(|_| kind == LinearKind::GateUp).unwrap_or(plain);
+        let tokens = 1..=if kind == LinearKind::Vocab { 512 } else { 8192 };
+        let mut variants = vec![Variant::Reference];
+        for planned in tokens.map(|t| plan(&spec, t, SMS)) {
+            if !variants.contains(&planned) {
+                variants.push(planned);
             }
-            sources.extend(variants.iter().map(|variant| variant.source(&spec)));
         }
+        sources.extend(variants.iter().map(|variant| variant.source(&spec)));
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
@@ -92,13 +104,40 @@ fn row_kernels() -> Vec<KernelSource> {
             ops.push(RowOp::RmsNorm { d, desc: desc(d == 100), residual });
         }
     }
-    ops.extend([1536, 6144, 14336, 100].map(|inner| RowOp::SiluMul { inner }));
+    ops.extend([1536, 6144, 8192, 14336, 100].map(|inner| RowOp::SiluMul { inner }));
     for attention in HEADS {
         for qk_norm in [None, Some(desc(false)), Some(desc(true))] {
             ops.push(RowOp::QkvPrep(QkvPrepSpec { attention, rot_dim: attention.head_dim, qk_norm }));
         }
     }
     ops.iter().map(RowOp::source).collect()
+}
+
+/// Numbers of rows up to `most` behind which a step of a model with these `layers` and heads is launched otherwise: by another plan of a
+/// linear, other tiles of attention (of one sequence of so many rows, or of so many that decode a token each), or without being captured.
+pub fn borders(layers: &[LinearSpec], heads: &AttentionSpec, most: usize) -> Vec<usize> {
+    let seq = |first_row, num_rows| SeqInput {
+        first_row,
+        num_rows,
+        block_table: (0..num_rows.div_ceil(64)).collect(),
+        ..SeqInput::default()
+    };
+    let launches = |rows: usize| {
+        let linears: Vec<Variant> = layers.iter().map(|spec| plan(spec, rows, SMS)).collect();
+        let decode: Vec<SeqInput> = (0..rows as u32).map(|row| seq(row, 1)).collect();
+        let attention = [
+            tilings(heads, &[seq(0, rows as u32)], None),
+            tilings(heads, &decode, None),
+            tilings(heads, &decode, bucket(rows)),
+        ];
+        (linears, attention, bucket(rows).is_some())
+    };
+    let mut last = launches(1);
+    let changes = |rows: &usize| {
+        let next = launches(rows + 1);
+        std::mem::replace(&mut last, next) != last
+    };
+    (1..=most).filter(changes).collect()
 }
 
 /// Compiles `source` for `arch` and reads the assembler's report; the cubin comes with it.

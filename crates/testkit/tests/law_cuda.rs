@@ -6,8 +6,8 @@ use bitfast_model::{DummySource, ModelConfig, TensorSpec, WeightError, WeightSou
 use bitfast_ops::{Class, bf16};
 use bitfast_testkit::fixtures::TINY_MODELS;
 use bitfast_testkit::jobs::{self, Rng, greedy};
-use bitfast_testkit::lab::{Job, Lab, Layout, Outcome};
-use bitfast_testkit::on_card::{OnCard, all, assert_equal, layout};
+use bitfast_testkit::lab::{Job, Lab, Layout, Outcome, Transcript};
+use bitfast_testkit::on_card::{MOST_ROWS, OnCard, all, assert_equal, layout};
 use bitfast_testkit::reference::RefBackend;
 use bitfast_testkit::rig;
 
@@ -55,9 +55,18 @@ fn law(model: &OnCard, count: usize) {
         let outcomes = lab.run(arrivals.collect::<Vec<_>>());
         assert_equal(&format!("{}, steps of {budget} rows", model.name), &outcomes, &expected);
     }
+    thousands_of_rows(model, &pool, &truths);
     prefixes(model, &mut rng);
     preemption(model, &mut rng);
     rescoring(model, &mut rng);
+}
+
+/// Steps as large as a server's on a card, unasked: the pool's prompts together are its first step.
+fn thousands_of_rows(model: &OnCard, pool: &[Job], truths: &[Transcript]) {
+    let mut lab = model.lab(true, Layout { budget: MOST_ROWS, ..layout(pool.len()) });
+    let rows: usize = pool.iter().map(|job| job.prompt.len()).sum();
+    let what = format!("{}, {rows} rows in steps of up to {MOST_ROWS}", model.name);
+    assert_equal(&what, &lab.run_all(pool), &all(truths));
 }
 
 /// A cached prefix of any length, also of a whole prompt and one block short of it, gives what a cold cache gives.
@@ -96,10 +105,10 @@ fn preemption(model: &OnCard, rng: &mut Rng) {
         job.sampling = greedy(rng.range(110, 150) as u32);
     }
     let truths = model.truths(&pool);
-    for prefix_caching in [false, true] {
+    for (graphs, prefix_caching) in [(true, false), (true, true), (false, true)] {
         // A newcomer needs a spare block for each that runs, so four start; each grows to three blocks.
         let layout = Layout { num_blocks: 8, prefix_caching, ..layout(12) };
-        let outcomes = model.lab(true, layout).run_all(&pool);
+        let outcomes = model.lab(graphs, layout).run_all(&pool);
         let preempted = outcomes.iter().filter(|o| o.preemptions > 0).count();
         assert!(preempted >= 2, "only {preempted} requests were preempted");
         assert_equal(&format!("{}, preempted", model.name), &outcomes, &all(&truths));

@@ -5,13 +5,8 @@ use bitfast_engine::SamplingParams;
 use bitfast_model::{DummySource, ModelConfig};
 use bitfast_testkit::jobs::{self, Rng, greedy};
 use bitfast_testkit::lab::{Job, Layout, Outcome, Transcript};
-use bitfast_testkit::on_card::{OnCard, all, assert_equal, layout};
+use bitfast_testkit::on_card::{LOGIT_ROWS, OnCard, all, assert_equal, layout};
 use bitfast_testkit::rig;
-
-/// Rows at which plans change, and one more: linears for few rows at 8, 16, 32, 48, 64, 96 and 128, large tiles at multiples of 128;
-/// attention at 8 and 16 rows of a sequence (32 with the heads of a group of four or two); captured steps at 8, 64 and 256. Where few sequences'
-/// attention changes is with [`ends_of_splits`].
-const BORDERS: [usize; 12] = [8, 16, 32, 48, 64, 96, 128, 256, 384, 511, 512, 640];
 
 fn breakers(model: &OnCard) {
     let mut rng = Rng::new(5);
@@ -23,12 +18,14 @@ fn breakers(model: &OnCard) {
     come_and_go(model, &mut rng);
 }
 
-/// A sequence that decodes while a neighbour's prompt has 9 rows, then 10, and both sides of every border.
+/// A sequence that decodes while a neighbour's prompt has 9 rows, then 10, and both sides of every border of plans.
 fn neighbours_prompt_grows(model: &OnCard, rng: &mut Rng) {
     let vocab = model.config.vocab_size;
     let needle = Job { prompt: rng.tokens(37, vocab), sampling: greedy(8) };
     let truth = model.truths(std::slice::from_ref(&needle));
-    let rows = (1..=18).chain(BORDERS.into_iter().flat_map(|border| [border - 1, border, border + 1]));
+    let most = (model.config.max_position_embeddings - 6).min(1400);
+    let sides = model.borders(most).into_iter().flat_map(|border| [border - 1, border, border + 1]);
+    let rows = (1..=18).chain(sides).filter(|rows| (1..=most).contains(rows));
     for graphs in [true, false] {
         let mut lab = model.lab(graphs, layout(4));
         let mut outcomes = Vec::new();
@@ -36,7 +33,7 @@ fn neighbours_prompt_grows(model: &OnCard, rng: &mut Rng) {
             let neighbour = Job { prompt: rng.tokens(rows, vocab), sampling: greedy(2) };
             outcomes.extend(lab.run([(0, &needle), (3, &neighbour)]).drain(..1));
         }
-        let what = format!("{}, graphs {graphs}, a neighbour's prompt of 1 to 641 rows", model.name);
+        let what = format!("{}, graphs {graphs}, {} prompts of a neighbour", model.name, outcomes.len());
         assert_equal(&what, &outcomes, &vec![&truth[0]; outcomes.len()]);
     }
 }
@@ -48,8 +45,9 @@ fn batch_sizes(model: &OnCard, rng: &mut Rng) {
     let job = |rng: &mut Rng| Job { prompt: rng.tokens(4, vocab), sampling: sampling.clone() };
     let pool: Vec<Job> = (0..300).map(|_| job(rng)).collect();
     let truths = model.truths(&pool);
-    let sizes = BORDERS.into_iter().flat_map(|border| [border, border + 1]).filter(|size| *size < pool.len());
-    let sizes: Vec<usize> = sizes.chain([44, 45, 300]).collect();
+    let borders = model.borders(pool.len() - 1);
+    let sizes = borders.into_iter().flat_map(|border| [border, border + 1]);
+    let sizes: Vec<usize> = sizes.chain([44, 45, 256, 257, 300]).collect();
     for graphs in [true, false] {
         let mut lab = model.lab(graphs, layout(300));
         for &size in &sizes {
@@ -63,9 +61,11 @@ fn batch_sizes(model: &OnCard, rng: &mut Rng) {
 
 /// One text scored in steps of exactly so many rows.
 fn step_sizes(model: &OnCard, rng: &mut Rng) {
-    let text = Job { prompt: rng.tokens(660, model.config.vocab_size), sampling: jobs::score() };
+    const LENGTH: usize = 660;
+    let text = Job { prompt: rng.tokens(LENGTH, model.config.vocab_size), sampling: jobs::score() };
     let truth = model.truths(std::slice::from_ref(&text));
-    for budget in BORDERS.into_iter().flat_map(|border| [border, border + 1]).chain([2, 9, 10]) {
+    let borders = model.borders(LENGTH - 1);
+    for budget in borders.into_iter().flat_map(|border| [border, border + 1]).chain([2, 9, 10]) {
         let mut lab = model.lab(true, Layout { budget, ..layout(2) });
         let outcome = lab.run_alone(&text);
         assert_equal(&format!("{}, scored in steps of {budget} rows", model.name), &[outcome], &all(&truth));
@@ -164,8 +164,8 @@ fn breakers_llama_3_1_8b() {
     breakers(&OnCard::dummy("meta-llama/Llama-3.1-8B"));
 }
 
-/// Steps with so many splits that attention keeps no partial results, and steps of more rows than are captured: hundreds of sequences
-/// on one cached prefix of 16 splits.
+/// Steps with so many splits that attention keeps no partial results, and decode steps of more rows than are captured: hundreds of
+/// sequences on one cached prefix of 16 splits.
 #[test]
 #[ignore = "needs an H100 or H200"]
 fn more_splits_and_rows_than_plans_keep() {
@@ -182,10 +182,10 @@ fn more_splits_and_rows_than_plans_keep() {
     let sizes = |max_num_seqs| Layout { num_blocks: 140 + 2 * max_num_seqs, ..layout(max_num_seqs) };
     let mut alone = model.lab(false, sizes(1));
     let truths: Vec<Transcript> = pool.iter().map(|job| alone.run_alone(job).transcript).collect();
-    let mut lab = model.lab(true, Layout { prefix_caching: true, ..sizes(512) });
+    let mut lab = model.lab(true, Layout { prefix_caching: true, ..sizes(LOGIT_ROWS) });
     lab.run_alone(&pool[0]);
-    // 17 splits a sequence: below 8192 of them and above.
-    for count in [470, 500, 500, 512] {
+    // 17 splits a sequence: below 8192 of them and above; up to 512 rows are captured.
+    for count in [470, 500, 500, 512, 513, LOGIT_ROWS] {
         let outcomes: Vec<Outcome> = lab.run_all((0..count).map(|i| &pool[i % pool.len()]));
         assert!(outcomes.iter().all(|o| o.cached_tokens as usize >= PREFIX));
         let expected: Vec<&Transcript> = (0..count).map(|i| &truths[i % truths.len()]).collect();

@@ -13,7 +13,7 @@ use crate::sampler::Sampler;
 /// Every tile choice of a linear changes at a multiple of this many rows, above the small ones.
 const PLAN_ROWS: usize = 128;
 /// Row counts at which the choice for few rows changes.
-const FEW_ROWS: [usize; 7] = [1, 9, 17, 33, 49, 65, 97];
+const FEW_ROWS: [usize; 8] = [1, 9, 17, 33, 49, 65, 97, 193];
 /// Keys of one split of attention.
 const SPLIT_KEYS: usize = bitfast_ops::contract::ATTN_SPLIT_KEYS;
 
@@ -96,10 +96,33 @@ impl CudaBackend {
         graph.map_err(failed(&self.name))
     }
 
-    /// Every kernel that steps of up to `most_rows` rows need is met by a run at one of these row counts.
+    /// Every kernel that steps need is met by a run at one of these row counts.
     fn telling_rows(&self) -> Vec<usize> {
-        let most = self.loaded.most_rows.get();
-        let few = FEW_ROWS.into_iter().filter(|rows| *rows <= most);
-        few.chain((PLAN_ROWS + 1..=most).step_by(PLAN_ROWS)).chain([most]).collect()
+        telling_rows(self.loaded.most_rows.get())
+    }
+}
+
+fn telling_rows(most: usize) -> Vec<usize> {
+    let few = FEW_ROWS.into_iter().filter(|rows| *rows <= most);
+    few.chain((PLAN_ROWS + 1..=most).step_by(PLAN_ROWS)).chain([most]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::LAYERS;
+    use crate::linear::{LinearSpec, plan};
+
+    /// A kernel that no telling number of rows meets would be compiled while somebody waits for an answer.
+    #[test]
+    fn telling_rows_meet_every_plan() {
+        for most in [8, 100, 200, 512, 2048, 8192] {
+            for (name, n, k, kind) in LAYERS {
+                let spec = LinearSpec::new(kind, n, k);
+                let told: Vec<_> = telling_rows(most).iter().map(|rows| plan(&spec, *rows, 132)).collect();
+                let missed = (1..=most).find(|rows| !told.contains(&plan(&spec, *rows, 132)));
+                assert_eq!(missed, None, "{name}, steps of up to {most}: rows whose kernel is not loaded");
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ const MOST_ROWS: usize = 512;
 /// Rows that a step of `rows` rows is padded to so that it can be replayed; none if it is too large.
 ///
 /// Exact up to 8 rows, then steps of an eighth to a quarter: a graph costs memory and its capture time.
-pub(super) fn bucket(rows: usize) -> Option<usize> {
+pub(crate) fn bucket(rows: usize) -> Option<usize> {
     let step = match rows {
         0..=8 => 1,
         9..=64 => 8,

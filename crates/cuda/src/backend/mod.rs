@@ -18,8 +18,10 @@ mod open;
 mod profile;
 mod step;
 
+pub(crate) use graphs::bucket;
 pub use memory::{Kv, Param, Tensor, Weight};
 pub use open::CudaOptions;
+pub(crate) use step::tilings;
 
 use crate::CudaError;
 use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};

@@ -342,6 +342,12 @@ fn plan(
     plans
 }
 
+/// The tiles of attention's launches for these sequences, under the law.
+pub(crate) fn tilings(spec: &AttentionSpec, seqs: &[SeqInput], padded: Option<usize>) -> Vec<Tiling> {
+    let plans = plan(spec, seqs, &Sequences::new(seqs), padded, Splits::Law);
+    plans.iter().map(|items| items.extent.tiling).collect()
+}
+
 /// The items of the sequences `few`, in splits that fill `places` thread blocks.
 fn by_occupancy(
     spec: &AttentionSpec,
