@@ -13,7 +13,7 @@ use bitfast_cuda::rows::{QkvPrep, QkvPrepArgs, QkvPrepSpec};
 use bitfast_ops::{AttnDesc, Class, SeqInput, bf16, reference};
 
 mod gpu;
-use gpu::{Compare, Gpu, bytes, compile, floats, gpu, parallel, uniform, wide, word, words};
+use gpu::{Compare, Gpu, bytes, compile, exact_gpu, floats, gpu, parallel, uniform, wide, word, words};
 
 /// One batch with all its inputs on the host.
 struct Batch {
@@ -157,7 +157,7 @@ struct OnGpu {
 
 fn upload(gpu: &Gpu, batch: &Batch) -> OnGpu {
     let q: Vec<bf16> = batch.inputs.iter().flat_map(|[q, ..]| q).copied().collect();
-    OnGpu { q: gpu.upload(&bytes(&q)), kv: gpu.upload(&batch.cache()) }
+    OnGpu { q: gpu.input(&bytes(&q)), kv: gpu.upload(&batch.cache()) }
 }
 
 /// Runs the sequences of `parts` under one tiling each, twice, and compares with `expected`.
@@ -212,22 +212,42 @@ fn batches() -> Vec<Vec<(usize, usize)>> {
     vec![decode, prefill, chunks, mixed, short]
 }
 
-fn sources() -> Vec<KernelSource> {
-    specs().iter().flat_map(|s| tilings(s).into_iter().map(|t| t.source(s))).collect()
+/// Groups that fill no tile of rows evenly.
+fn odd_specs() -> [AttentionSpec; 5] {
+    [(5, 128), (6, 256), (7, 64), (12, 128), (15, 64)].map(|(heads, head_dim)| AttentionSpec {
+        heads,
+        kv_heads: 1,
+        head_dim,
+    })
+}
+
+fn sources(specs: &[AttentionSpec]) -> Vec<KernelSource> {
+    specs.iter().flat_map(|s| tilings(s).into_iter().map(|t| t.source(s))).collect()
 }
 
 #[test]
 #[ignore = "needs NVRTC"]
 fn every_kernel_compiles() {
-    compile(&sources());
+    compile(&sources(&specs()));
+    compile(&sources(&odd_specs()));
     compile(&specs().iter().map(|s| Tiling::unconstrained(s).source(s)).collect::<Vec<_>>());
 }
 
 #[test]
 #[ignore = "needs an H100 or H200"]
 fn every_tiling_equals_the_reference() {
+    compare_tilings(&specs());
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn odd_groups_equal_the_reference() {
+    compare_tilings(&odd_specs());
+}
+
+fn compare_tilings(specs: &[AttentionSpec]) {
     let gpu = gpu();
-    let (specs, sources) = (specs(), sources());
+    let sources = sources(specs);
     gpu.prepare(&sources);
     let (mut compared, mut failures) = (0, Vec::new());
     for (s, spec) in specs.iter().enumerate() {
@@ -308,7 +328,7 @@ fn assert_close(what: &str, batch: &Batch, got: &[u8], expected: &[u8]) {
 #[test]
 #[ignore = "needs an H100 or H200"]
 fn small_batches() {
-    let gpu = gpu();
+    let gpu = exact_gpu();
     let mut compared = 0;
     for (heads, kv_heads, head_dim) in [(4, 2, 64), (2, 1, 128), (2, 1, 256)] {
         let spec = AttentionSpec { heads, kv_heads, head_dim };

@@ -105,9 +105,16 @@ fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
 /// Tiles of many widths, alone and in pairs.
 fn wide_variants(spec: &LinearSpec) -> Vec<Wide> {
     let mut all = Vec::new();
-    for (tile, stages, out_cols) in
-        [(32, 5, 32), (64, 3, 64), (96, 4, 32), (128, 4, 64), (160, 3, 32), (192, 3, 64), (256, 4, 32)]
-    {
+    for (tile, stages, out_cols) in [
+        (32, 5, 32),
+        (64, 3, 64),
+        (96, 4, 32),
+        (128, 4, 64),
+        (160, 3, 32),
+        (192, 3, 64),
+        (224, 4, 32),
+        (256, 4, 32),
+    ] {
         if spec.order.join == Join::Tree && tile > 64 {
             continue;
         }
@@ -283,10 +290,21 @@ const ANCHORS: [(usize, usize, LinearKind); 25] = [
     (1000, 456, LinearKind::Column),
 ];
 
-/// [`TOKENS`] and both sides of every border at which [`plan`] chooses anew.
-fn anchor_tokens() -> Vec<usize> {
-    let borders = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512];
-    let mut tokens: Vec<usize> = borders.into_iter().flat_map(|b| [b, b + 1]).chain(TOKENS).collect();
+/// [`TOKENS`], both sides of every border up to 1100 rows at which [`plan`] chooses anew, and of all that it picks up to 8192 rows (of logits 1000)
+/// what these do not meet, where it begins.
+fn anchor_tokens(spec: &LinearSpec) -> Vec<usize> {
+    let most = if spec.output == Output::F32 { 1000 } else { 8192 };
+    let plan = |rows| plan(spec, rows, 132);
+    let borders = (1..1100).filter(|rows| plan(*rows) != plan(rows + 1));
+    let sides = borders.flat_map(|border| [border, border + 1]);
+    let mut tokens: Vec<usize> = sides.chain(TOKENS).filter(|rows| *rows <= most).collect();
+    let mut met: Vec<Variant> = tokens.iter().map(|rows| plan(*rows)).collect();
+    for rows in 1..=most {
+        if !met.contains(&plan(rows)) {
+            tokens.push(rows);
+            met.push(plan(rows));
+        }
+    }
     tokens.sort_unstable();
     tokens.dedup();
     tokens
@@ -294,22 +312,20 @@ fn anchor_tokens() -> Vec<usize> {
 
 /// What the plan picks for the anchor models' layers gives the reference kernel's bits in every element, at every number of tokens;
 /// and rows and outputs on all sides of tiles those of the CPU's reference.
-#[test]
-#[ignore = "needs an H100 or H200"]
-fn anchor_layers_equal_the_references() {
+fn anchors_equal_the_references(chosen: impl Fn(usize) -> bool) {
     let gpu = gpu();
     let compare = Compare::new(&gpu);
     let specs: Vec<LinearSpec> = ANCHORS
         .iter()
+        .filter(|(_, k, _)| chosen(*k))
         .flat_map(|(n, k, kind)| {
             let spec = LinearSpec::new(*kind, *n, *k);
             [Some(spec), spec.fused().filter(|_| *kind == LinearKind::GateUp)]
         })
         .flatten()
         .collect();
-    let tokens = anchor_tokens();
     let of_spec = |spec: &LinearSpec| {
-        let planned = tokens.iter().map(|rows| plan(spec, *rows, 132));
+        let planned = anchor_tokens(spec).into_iter().map(|rows| plan(spec, rows, 132));
         planned.chain([Variant::Reference]).map(|variant| variant.source(spec)).collect::<Vec<_>>()
     };
     let mut sources: Vec<KernelSource> = specs.iter().flat_map(of_spec).collect();
@@ -318,12 +334,12 @@ fn anchor_layers_equal_the_references() {
     gpu.prepare(&sources);
     let mut runs = 0;
     for spec in specs {
-        // Steps have at most some hundred rows of logits.
-        let most = if spec.output == Output::F32 { 1000 } else { 4096 };
+        let tokens = anchor_tokens(&spec);
+        let most = *tokens.last().expect("token counts");
         let (x, w) = (filled(most, spec.k, even_rows), filled(spec.n, spec.k, odd_first_row));
         let on_gpu = gpu.upload(&bytes(&w));
         let sample = Sample::of(&spec, &x, &w);
-        for &rows in tokens.iter().filter(|rows| **rows <= most) {
+        for rows in tokens {
             let x = gpu.upload_rows(&x, rows, spec.k);
             let launch = |variant| gpu.launch(spec, variant, &x, &on_gpu, rows);
             let (got, expected) = (launch(plan(&spec, rows, gpu.device.sms())), launch(Variant::Reference));
@@ -339,6 +355,18 @@ fn anchor_layers_equal_the_references() {
         }
     }
     println!("{runs} runs equal, {} kernels", sources.len());
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn anchor_layers_equal_the_references() {
+    anchors_equal_the_references(|k| k < 4096);
+}
+
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn long_anchor_layers_equal_the_references() {
+    anchors_equal_the_references(|k| k >= 4096);
 }
 
 /// `[rows, k]`, made in parallel, two rows at a time.

@@ -7,7 +7,7 @@ use bitfast_cuda::rows::{Gather, QkvPrep, QkvPrepArgs, QkvPrepSpec, RmsNorm, Row
 use bitfast_ops::{NormDesc, RopeTable, bf16, exact, reference};
 
 mod gpu;
-use gpu::{Gpu, bytes, compile, floats, gpu, uniform, wide, word, words};
+use gpu::{Gpu, bytes, compile, exact_gpu, floats, gpu, uniform, wide, word, words};
 
 const ROWS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
 /// Shapes that are no anchor model's are tried on fewer rows.
@@ -97,21 +97,21 @@ fn check_norms(gpu: &Gpu, d: usize, unit_offset: bool, all_rows: &[usize]) {
     let desc = norm_desc(unit_offset);
     let kernel = RmsNorm::new(&gpu.device, &gpu.jit, d, desc).expect("a kernel");
     let w = wide(d, 3, -6, 8);
-    let on_gpu = gpu.upload(&bytes(&w));
+    let on_gpu = gpu.input(&bytes(&w));
     for &rows in all_rows {
         // From the denormals on: nothing is flushed.
         let low = if rows % 2 == 0 { -20 } else { -127 };
         let (x, delta) = (wide(rows * d, 4, low, 30), wide(rows * d, 5, low, 29));
         let out = gpu.poisoned(rows * d * 2 + TAIL);
         let what = format!("rms_norm {rows} x {d}, {desc:?}");
-        let input = gpu.upload(&bytes(&x));
+        let input = gpu.input(&bytes(&x));
         kernel.launch(&gpu.stream, Overlap::None, rows, &input, &on_gpu, &out).expect("launch");
         gpu.assert_equal(&what, &out, &bytes(&reference::rms_norm(&x, &w, desc)));
 
         let mut residual = x.clone();
         let expected = reference::add_rms_norm(&mut residual, &delta, &w, desc);
         out.fill(&gpu.stream, 0xFF).expect("poison");
-        let delta = gpu.upload(&bytes(&delta));
+        let delta = gpu.input(&bytes(&delta));
         kernel.launch_add(&gpu.stream, Overlap::None, rows, &input, &delta, &on_gpu, &out).expect("launch");
         gpu.assert_equal(&format!("add {what}"), &out, &bytes(&expected));
         gpu.assert_equal(&format!("residual of {what}"), &input, &bytes(&residual));
@@ -122,7 +122,7 @@ fn check_norms(gpu: &Gpu, d: usize, unit_offset: bool, all_rows: &[usize]) {
 #[test]
 #[ignore = "needs an H100 or H200"]
 fn small_rows() {
-    let gpu = gpu();
+    let gpu = exact_gpu();
     check_norms(&gpu, 100, false, &[1, 7]);
     check_norms(&gpu, 2048, true, &[3]);
     let kernel = SiluMul::new(&gpu.device, &gpu.jit, 100).expect("a kernel");
@@ -175,6 +175,10 @@ fn silu_mul_equals_the_reference() {
             );
         }
     }
+    // More rows than a grid's second extent has: several launches.
+    let (inner, rows) = (24, 65_535 + 700);
+    let kernel = SiluMul::new(&gpu.device, &gpu.jit, inner).expect("a kernel");
+    check_silu(&gpu, &kernel, inner, &wide(rows * inner, 8, -30, 38), &wide(rows * inner, 9, -60, 80));
     // Every finite gate.
     let inner = 4096;
     let kernel = SiluMul::new(&gpu.device, &gpu.jit, inner).expect("a kernel");
@@ -188,7 +192,7 @@ fn check_silu(gpu: &Gpu, kernel: &SiluMul, inner: usize, g: &[bf16], u: &[bf16])
     let rows_of = g.chunks(inner).zip(u.chunks(inner));
     let x: Vec<bf16> = rows_of.flat_map(|(g, u)| g.iter().chain(u)).copied().collect();
     let out = gpu.poisoned(rows * inner * 2 + TAIL);
-    kernel.launch(&gpu.stream, Overlap::None, rows, &gpu.upload(&bytes(&x)), &out).expect("launch");
+    kernel.launch(&gpu.stream, Overlap::None, rows, &gpu.input(&bytes(&x)), &out).expect("launch");
     gpu.assert_equal(&format!("silu_mul {rows} x {inner}"), &out, &bytes(&reference::silu_mul(g, u)));
 }
 
@@ -251,9 +255,9 @@ fn check_qkv(gpu: &Gpu, kernel: &QkvPrep, spec: QkvPrepSpec, rows: usize) {
 
     let kv = gpu.poisoned(cache.len());
     let q_out = gpu.poisoned(rows * heads * head_dim * 2 + TAIL);
-    let [q_norm, k_norm] = weights.map(|w| gpu.upload(&bytes(&w)));
+    let [q_norm, k_norm] = weights.map(|w| gpu.input(&bytes(&w)));
     let args = QkvPrepArgs {
-        qkv: &gpu.upload(&bytes(&qkv)),
+        qkv: &gpu.input(&bytes(&qkv)),
         norms: spec.qk_norm.map(|_| (&q_norm, &k_norm)),
         cos: &gpu.upload(&floats(&table.cos)),
         sin: &gpu.upload(&floats(&table.sin)),

@@ -7,7 +7,7 @@ use bitfast_cuda::sampler::Sampler;
 use bitfast_ops::{BitMask, RowChoice, RowFault, RowParams, RowSample, SampleRow, exact, sample_row};
 
 mod gpu;
-use gpu::{Gpu, compile, floats, gpu, parallel, word};
+use gpu::{Gpu, compile, exact_gpu, floats, gpu, parallel, word};
 
 const VOCABS: [usize; 14] = [1, 2, 5, 31, 33, 100, 1000, 1023, 2049, 4097, 10_007, 49_152, 151_935, 151_936];
 
@@ -189,7 +189,7 @@ fn differences(
     logits: &[f32],
     rows: &[SampleRow<'_>],
 ) -> Vec<String> {
-    let on_gpu = gpu.upload(&floats(logits));
+    let on_gpu = gpu.input(&floats(logits));
     let got = sampler.run(&gpu.stream, &on_gpu, rows).expect("a kernel that ran");
     let expected = reference(vocab, logits, rows);
     assert_eq!(got.len(), rows.len());
@@ -210,7 +210,7 @@ fn differences(
             ));
         }
     }
-    if gpu.read(&on_gpu) != floats(logits) {
+    if gpu.difference(&on_gpu, &floats(logits)).is_some() {
         all.push(format!("vocab {vocab}: logits were changed"));
     }
     all
@@ -248,11 +248,31 @@ fn random_and_adversarial_rows_equal_the_reference() {
     println!("sampler: {compared} rows equal the reference");
 }
 
+/// As many rows as linears are tried with.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn every_number_of_rows_equals_the_reference() {
+    const ROWS: [usize; 17] = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 129, 256, 1000, 4096];
+    let gpu = gpu();
+    for (v, vocab) in [1000, 2049].into_iter().enumerate() {
+        let mut sampler = Sampler::new(&gpu.device, &gpu.jit, vocab, 4096).expect("a sampler");
+        for count in ROWS {
+            let mut draw = Draw { salt: (70 + v * 10_000 + count) as u64, next: 0 };
+            let data: Vec<f32> = (0..count).flat_map(|r| logits(vocab, r, &mut draw)).collect();
+            let asked: Vec<Lists> = (0..count).map(|_| lists(vocab, &mut draw)).collect();
+            let rows: Vec<_> = asked.iter().enumerate().map(|(i, a)| a.row(i as u32)).collect();
+            let found = differences(&gpu, &mut sampler, vocab, &data, &rows);
+            let first: Vec<_> = found.iter().take(10).collect();
+            assert!(found.is_empty(), "{} of {count} rows differ: {first:#?}", found.len());
+        }
+    }
+}
+
 /// Small enough to run under compute-sanitizer.
 #[test]
 #[ignore = "needs an H100 or H200"]
 fn small_vocabularies() {
-    let gpu = gpu();
+    let gpu = exact_gpu();
     let mut compared = 0;
     for (v, vocab) in [33, 2049, 4097].into_iter().enumerate() {
         let mut sampler = Sampler::new(&gpu.device, &gpu.jit, vocab, 8).expect("a sampler");
