@@ -203,6 +203,29 @@ mod tests {
         assert!(args(&["--jobs", "0"]).unwrap_err().to_string().contains("--jobs 0"));
     }
 
+    /// A test that needs a card and is in no bundle would never run.
+    #[test]
+    fn every_test_that_needs_a_card_is_carried_there() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let mut found = Vec::new();
+        for folder in fs::read_dir(root.join("crates")).unwrap() {
+            let package = folder.unwrap().path();
+            let Ok(tests) = fs::read_dir(package.join("tests")) else { continue };
+            for file in tests.map(|file| file.unwrap().path()).filter(|file| file.is_file()) {
+                let needs =
+                    fs::read_to_string(&file).is_ok_and(|text| text.contains("ignore = \"needs an H100"));
+                if needs {
+                    let part = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_owned();
+                    found.push((format!("bitfast-{}", part(&package)), part(&file)));
+                }
+            }
+        }
+        found.sort();
+        let mut carried = TESTS.map(|(package, test)| (package.to_owned(), test.to_owned()));
+        carried.sort();
+        assert_eq!(found, carried);
+    }
+
     /// The script against binaries that pass, fail and run nothing, and against a command that finds everything equal.
     #[cfg(unix)]
     #[test]

@@ -228,6 +228,14 @@ fn broken(instances: &[Instance], seen: &BTreeMap<String, BTreeSet<&'static str>
             broken.extend(missing.map(|i| format!("{label}: has no {i}, which it is there for")));
         }
     }
+    // A kernel that was renamed, or left the catalogue, takes its promise along.
+    let kept = |kernel: &str| seen.keys().any(|label| label.split(' ').next() == Some(kernel));
+    broken.extend(
+        PROMISED
+            .iter()
+            .filter(|(kernel, _)| !kept(kernel))
+            .map(|(kernel, _)| format!("{kernel}: no instance was looked at")),
+    );
     broken
 }
 
@@ -279,8 +287,11 @@ mod tests {
     const GOOD: &str = "sm_90a\tlinear_wide N=8\t168\t0\t-\t/tmp/0.cubin\nsm_90a\trows_copy D=8\t16\t0\t-\t/tmp/1.cubin\n\
                         sm_80\tlinear_wide N=8\t-\t-\tfailed\tlinear_wide(62): error: no clusters";
 
+    /// What is promised of all other kernels, and `kinds` of the one of [`GOOD`].
     fn seen(kinds: &[&'static str]) -> BTreeMap<String, BTreeSet<&'static str>> {
-        [("linear_wide N=8".to_owned(), kinds.iter().copied().collect())].into()
+        let others = PROMISED.iter().filter(|(kernel, _)| *kernel != "linear_wide");
+        let others = others.map(|(kernel, all)| (format!("{kernel} N=1"), all.iter().copied().collect()));
+        others.chain([("linear_wide N=8".to_owned(), kinds.iter().copied().collect())]).collect()
     }
 
     #[test]
@@ -289,6 +300,10 @@ mod tests {
         assert_eq!(broken(&instances(GOOD), &all), Vec::<String>::new());
         let lost = broken(&instances(GOOD), &seen(&["HGMMA"]));
         assert_eq!(lost, ["linear_wide N=8: has no UTMALDG, which it is there for"]);
+        let mut renamed = all.clone();
+        let kinds = renamed.remove("linear_wide N=8").unwrap();
+        renamed.insert("linear_broad N=8".to_owned(), kinds);
+        assert_eq!(broken(&instances(GOOD), &renamed), ["linear_wide: no instance was looked at"]);
         for (bad, words) in [
             ("sm_90a\tk A=1\t-\t-\tfailed\tk(3): error: x", "k A=1: k(3): error: x"),
             ("sm_90a\tk A=1\t255\t300\t-\tf", "k A=1: 300 bytes of registers are spilled"),
