@@ -37,6 +37,8 @@ pub(crate) enum ErrorKind {
     Conflict,
     /// The queue is full.
     QueueFull,
+    /// There is no memory for the request now.
+    Busy,
     /// The server is going down, or its engine has died.
     Unavailable,
     /// We failed.
@@ -75,14 +77,14 @@ impl ErrorKind {
             Self::UnknownModel | Self::NotFound => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::Conflict => StatusCode::CONFLICT,
-            Self::QueueFull | Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Self::QueueFull | Self::Busy | Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
     fn family(self) -> &'static str {
         match self {
-            Self::QueueFull | Self::Unavailable => "service_unavailable_error",
+            Self::QueueFull | Self::Busy | Self::Unavailable => "service_unavailable_error",
             Self::Internal => "server_error",
             Self::Unauthorized => "authentication_error",
             _ => "invalid_request_error",
@@ -97,6 +99,7 @@ impl ErrorKind {
             Self::Unauthorized => Some("invalid_api_key"),
             Self::UnknownModel => Some("model_not_found"),
             Self::QueueFull => Some("queue_full"),
+            Self::Busy => Some("busy"),
             Self::Unavailable => Some("unavailable"),
             Self::Invalid
             | Self::TooSlow
@@ -155,7 +158,7 @@ impl IntoResponse for ApiError {
         let mut response = (self.kind.status(), axum::Json(self.body())).into_response();
         let headers = response.headers_mut();
         match self.kind {
-            ErrorKind::QueueFull | ErrorKind::Unavailable => {
+            ErrorKind::QueueFull | ErrorKind::Busy | ErrorKind::Unavailable => {
                 headers.insert(header::RETRY_AFTER, RETRY_AFTER_S.into());
             }
             ErrorKind::Unauthorized => {

@@ -66,6 +66,7 @@ pub(crate) struct AppState {
     /// Hashes of the keys: comparing them takes the same time wherever keys differ.
     pub keys: Vec<blake3::Hash>,
     pub profiler: crate::profile::Profiler,
+    pub bodies: crate::extract::Bodies,
     pub texts: crate::prompts::Texts,
     in_flight: AtomicUsize,
     stopping: AtomicBool,
@@ -82,6 +83,7 @@ impl AppState {
             formats: Formats::of(&llm, &config)?,
             metrics: Metrics::new(llm.fleet().size()),
             profiler: crate::profile::Profiler::new(config.profile_dir.clone()),
+            bodies: crate::extract::Bodies::default(),
             texts: crate::prompts::Texts::default(),
             llm,
             config,

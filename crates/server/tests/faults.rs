@@ -90,6 +90,35 @@ fn unfinished_requests_hold_nothing_up() {
 }
 
 #[test]
+fn long_bodies_have_a_common_limit_and_short_ones_pass() {
+    let server = fake_server(&Levers::default());
+    let s = server.client;
+    // As much as all long bodies together may have is announced, and does not come.
+    let announced =
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 8388608\r\n\r\n{\"prompt\": \"";
+    let holders: Vec<_> = (0..16)
+        .map(|_| {
+            let mut socket = s.connect();
+            socket.write_all(announced.as_bytes()).unwrap();
+            socket
+        })
+        .collect();
+    let health = || s.post("/v1/completions", &json!({ "prompt": [1], "max_tokens": 2 })).status;
+    assert_eq!(health(), 200);
+    let long = json!({ "prompt": "x".repeat(70_000) }).to_string();
+    let waiting = s.begin("POST", "/v1/completions", &[], long.as_bytes());
+    assert_eq!(health(), 200);
+    waiting.set_nonblocking(true).unwrap();
+    let early = waiting.peek(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(early, Err(std::io::ErrorKind::WouldBlock), "it was answered with no memory left");
+    waiting.set_nonblocking(false).unwrap();
+    drop(holders);
+    let reply = read_reply(BufReader::new(waiting));
+    assert_eq!(reply.refused(), (400, Some("prompt".into())));
+    assert_eq!(reply.json()["error"]["code"], "context_length_exceeded");
+}
+
+#[test]
 fn a_slow_reader_stalls_nobody_and_gets_everything() {
     let server = fake_server(&Levers::default());
     let s = server.client;

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use bitfast_llm::Thinking;
 
 use crate::api::chat::{ChatCompletion, ChatFields};
-use crate::api::common::CommonFields;
+use crate::api::common::{CommonFields, StreamOptions};
 use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, Reading};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
@@ -34,33 +34,42 @@ pub(crate) async fn chat(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let common: CommonFields = body.read()?;
-    let fields: ChatFields = body.read()?;
-    let bytes = body.len();
-    drop(body);
-    let form = ChatForm::new(&state, &common, &fields)?;
-    let stream = common.stream()?;
-    let mut params = common.sampling(state.llm.info().max_model_len)?;
-    let open_end = CommonFields::open_end(state.llm.generation_config());
-    params.max_tokens = Some(fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(open_end));
-    params.logprobs = form.logprobs();
-    let rank = prompts::rank(&headers)?;
-    let formats = &state.formats;
-    let offer = Offer::new(&fields, formats)?;
-    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
-    let (prompt, text) = prompts::encode_chat(&state, bytes, messages, options, add_special).await?;
-    let thinking = formats.thinks.then(|| Thinking::after(&text));
-    let demanded = offer.demand(formats, thinking);
-    let asked = crate::structured::asked(&common)?;
-    crate::structured::apply(&state, asked, demanded, thinking, &mut params).await?;
-    let reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
-    params.skip_special_tokens &= !reading.needs_special(&state.llm);
-    let form = form.read_as(reading);
+    let (form, stream, job) = understand(&state, &headers, body).await?;
     let named = |error: ApiError| error.renamed("logprobs", "top_logprobs").renamed("prompt", "messages");
-    let mut running = Running::start(&state, Job { prompts: vec![prompt], params, rank }).map_err(named)?;
+    let mut running = Running::start(&state, job).map_err(named)?;
     if let Some(options) = stream {
         return Ok(sse::response(EventStream::new(running, Answers::new(state, form, options))));
     }
     running.finish().await?;
     Ok(Json(form.completion(&state, &running)).into_response())
+}
+
+/// What a body asks for. All else that came in it is gone before the answer, which may take its time.
+async fn understand(
+    state: &Arc<AppState>,
+    headers: &HeaderMap,
+    body: JsonBody,
+) -> Result<(ChatForm, Option<StreamOptions>, Job), ApiError> {
+    let common: CommonFields = body.read()?;
+    let fields: ChatFields = body.read()?;
+    let bytes = body.len();
+    let _share = body.into_share();
+    let form = ChatForm::new(state, &common, &fields)?;
+    let stream = common.stream()?;
+    let mut params = common.sampling(state.llm.info().max_model_len)?;
+    let open_end = CommonFields::open_end(state.llm.generation_config());
+    params.max_tokens = Some(fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(open_end));
+    params.logprobs = form.logprobs();
+    let rank = prompts::rank(headers)?;
+    let formats = &state.formats;
+    let offer = Offer::new(&fields, formats)?;
+    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
+    let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special).await?;
+    let thinking = formats.thinks.then(|| Thinking::after(&text));
+    let demanded = offer.demand(formats, thinking);
+    let asked = crate::structured::asked(&common)?;
+    crate::structured::apply(state, asked, demanded, thinking, &mut params).await?;
+    let reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
+    params.skip_special_tokens &= !reading.needs_special(&state.llm);
+    Ok((form.read_as(reading), stream, Job { prompts: vec![prompt], params, rank }))
 }

@@ -34,22 +34,8 @@ pub(crate) async fn complete(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let common: CommonFields = body.read()?;
-    let fields: CompletionFields = body.read()?;
-    drop(body);
-    let form = Form::new(&state, &common, &fields)?;
-    let stream = common.stream()?;
-    let mut params = common.sampling(state.llm.info().max_model_len)?;
-    params.max_tokens = Some(fields.max_tokens.unwrap_or(16));
-    params.logprobs = fields.logprobs;
-    if form.echo {
-        params.prompt_logprobs = params.prompt_logprobs.max(fields.logprobs);
-    }
-    let asked = crate::structured::asked(&common)?;
-    crate::structured::apply(&state, asked, None, None, &mut params).await?;
-    let rank = prompts::rank(&headers)?;
-    let prompts = prompts::encode(&state, fields.prompt, fields.add_special_tokens.unwrap_or(true)).await?;
-    let mut running = Running::start(&state, Job { prompts, params, rank })?;
+    let (form, stream, job) = understand(&state, &headers, body).await?;
+    let mut running = Running::start(&state, job)?;
     if let Some(options) = stream {
         let chunks = Chunks { state, form, options, samples: Vec::new() };
         return Ok(sse::response(EventStream::new(running, chunks)));
@@ -62,6 +48,30 @@ pub(crate) async fn complete(
     });
     let choices = choices.collect();
     Ok(Json(form.completion(&state, choices, Some(running.usage()))).into_response())
+}
+
+/// What a body asks for. All else that came in it is gone before the answer, which may take its time.
+async fn understand(
+    state: &Arc<AppState>,
+    headers: &HeaderMap,
+    body: JsonBody,
+) -> Result<(Form, Option<StreamOptions>, Job), ApiError> {
+    let common: CommonFields = body.read()?;
+    let fields: CompletionFields = body.read()?;
+    let _share = body.into_share();
+    let form = Form::new(state, &common, &fields)?;
+    let stream = common.stream()?;
+    let mut params = common.sampling(state.llm.info().max_model_len)?;
+    params.max_tokens = Some(fields.max_tokens.unwrap_or(16));
+    params.logprobs = fields.logprobs;
+    if form.echo {
+        params.prompt_logprobs = params.prompt_logprobs.max(fields.logprobs);
+    }
+    let asked = crate::structured::asked(&common)?;
+    crate::structured::apply(state, asked, None, None, &mut params).await?;
+    let rank = prompts::rank(headers)?;
+    let prompts = prompts::encode(state, fields.prompt, fields.add_special_tokens.unwrap_or(true)).await?;
+    Ok((form, stream, Job { prompts, params, rank }))
 }
 
 /// How this request's answers look.

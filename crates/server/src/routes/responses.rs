@@ -40,12 +40,35 @@ pub(crate) async fn respond(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
+    let (form, streams, job) = understand(&state, &headers, body).await?;
+    let mut running = Running::start(&state, job).map_err(named)?;
+    if streams {
+        let parser = form.reading.parser();
+        let events = Narration { state, form, parser, sequence: 0, begun: false };
+        return Ok(sse::response(EventStream::new(running, events)));
+    }
+    running.finish().await?;
+    Ok(Json(form.ended(&state, &running)).into_response())
+}
+
+/// This route's names of parameters.
+fn named(error: ApiError) -> ApiError {
+    error.renamed("messages", "input").renamed("prompt", "input").renamed("logprobs", "top_logprobs")
+}
+
+/// What a body asks for, and whether as a stream. All else that came in it is gone before the answer, which may take its
+/// time.
+async fn understand(
+    state: &Arc<AppState>,
+    headers: &HeaderMap,
+    body: JsonBody,
+) -> Result<(Form, bool, Job), ApiError> {
     let mut request: ResponsesRequest = body.read()?;
     let bytes = body.len();
-    drop(body);
+    let _share = body.into_share();
     refuse_unsupported(&request)?;
-    let rank = prompts::rank(&headers)?;
-    let mut params = sampling(&state, &request)?;
+    let rank = prompts::rank(headers)?;
+    let mut params = sampling(state, &request)?;
     let kwargs = request
         .reasoning
         .as_ref()
@@ -53,24 +76,15 @@ pub(crate) async fn respond(
         .map(|effort| Map::from_iter([("reasoning_effort".to_owned(), Value::String(effort))]));
     let input = std::mem::replace(&mut request.input, InputForm::Text(String::new()));
     let messages = conversation(input, request.instructions.as_deref())?;
-    let mut form = Form::new(&state, &request, params.logprobs.map(|top| top as usize))?;
+    let mut form = Form::new(state, &request, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, None)?;
-    let named = |error: ApiError| error.renamed("messages", "input").renamed("prompt", "input");
-    let encoded = prompts::encode_chat(&state, bytes, messages, options, false).await;
+    let encoded = prompts::encode_chat(state, bytes, messages, options, false).await;
     let (prompt, text) = encoded.map_err(named)?;
     let thinking = state.formats.thinks.then(|| Thinking::after(&text));
     form.reading = Reading { thinking, ..Reading::default() };
     let asked = structured::text_format(request.text.as_ref())?;
-    structured::apply(&state, asked, None, thinking, &mut params).await?;
-    let running = Running::start(&state, Job { prompts: vec![prompt], params, rank });
-    let mut running = running.map_err(|e| named(e).renamed("logprobs", "top_logprobs"))?;
-    if request.stream.unwrap_or(false) {
-        let parser = form.reading.parser();
-        let events = Narration { state, form, parser, sequence: 0, begun: false };
-        return Ok(sse::response(EventStream::new(running, events)));
-    }
-    running.finish().await?;
-    Ok(Json(form.ended(&state, &running)).into_response())
+    structured::apply(state, asked, None, thinking, &mut params).await?;
+    Ok((form, request.stream.unwrap_or(false), Job { prompts: vec![prompt], params, rank }))
 }
 
 fn refuse_unsupported(request: &ResponsesRequest) -> Result<(), ApiError> {

@@ -25,7 +25,7 @@ pub(crate) async fn tokenize(
 ) -> Result<Json<TokenizeResponse>, ApiError> {
     let request: TokenizeRequest = body.read()?;
     let bytes = body.len();
-    drop(body);
+    let _share = body.into_share();
     state.model_name(request.model.as_deref())?;
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => {
@@ -66,7 +66,7 @@ pub(crate) async fn detokenize(
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     let request: DetokenizeRequest = body.read()?;
     let bytes = body.len();
-    drop(body);
+    let _share = body.into_share();
     state.model_name(request.model.as_deref())?;
     if state.llm.tokenizer().is_none() {
         return Err(ApiError {
