@@ -24,6 +24,8 @@ const MAX_CONNECTIONS: usize = 4096;
 const BACKLOG: i32 = 4096;
 /// A request's head has to arrive within this time; idle connections are closed after it.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Most bytes of a head, and of what is buffered of a connection.
+const HEAD_BYTES: usize = 64 << 10;
 /// A peer that takes nothing in for this long is gone.
 const PEER_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a server with a dead engine goes on saying so before it ends.
@@ -182,7 +184,7 @@ async fn accept(listener: &TcpListener, router: &Router, connections: &GracefulS
         };
         set_up(&stream);
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
         let service = TowerToHyperService::new(router.clone());
         let stream = Connection::new(stream);
         let served = connections.watch(builder.serve_connection(stream.clone(), service));
