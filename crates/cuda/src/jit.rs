@@ -127,11 +127,17 @@ impl Jit {
         self.nvrtc.version as *const std::ffi::c_void
     }
 
-    /// Compiles `sources` (or finds them in the cache) on `threads` threads, so that [`cubin`](Self::cubin) has them at hand.
+    /// Compiles those of `sources` that are not ready (or finds them in the cache) on `threads` threads, so that
+    /// [`cubin`](Self::cubin) has them at hand.
     ///
     /// # Errors
     /// One that [`cubin`](Self::cubin) would give.
     pub fn prepare(&self, sources: &[KernelSource], threads: usize) -> Result<()> {
+        let mut sources = sources.to_vec();
+        {
+            let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            sources.retain(|source| !ready.contains_key(source));
+        }
         let next = AtomicUsize::new(0);
         let work = || {
             while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {

@@ -1,10 +1,12 @@
 //! What the law assumes of a card, checked on the card: that its tensor core computes the step of NUMERICS.md, with every kind
 //! of instruction, tile shape and role of the operands. A card, a driver or a compiler that does otherwise must not serve.
 
+use std::path::{Path, PathBuf};
+
 use bitfast_ops::contract::{Join, KOrder};
 use bitfast_ops::{Class, bf16, reference};
 
-use crate::driver::{Buffer, Device, Overlap, Stream};
+use crate::driver::{Buffer, Device, Overlap, Stream, has_driver};
 use crate::jit::{Jit, KernelSource};
 use crate::linear::{Few, Linear, LinearSpec, Narrow, Output, Variant, Wide};
 use crate::{CudaError, Result};
@@ -40,19 +42,49 @@ impl Finding {
     }
 }
 
+/// Opens device `ordinal` and the compiler (see [`Jit::new`]), which compiles the kernels of a check of `extent` meanwhile: a start with an
+/// empty cache then takes as long as the longer of both.
+///
+/// # Errors
+/// The device's if there is one, else the compiler's.
+pub fn open(
+    ordinal: usize,
+    nvrtc: Option<&Path>,
+    cache: Option<PathBuf>,
+    extent: Extent,
+) -> Result<(Device, Jit)> {
+    let compile = || {
+        let jit = Jit::new(nvrtc, cache)?;
+        let prepared = if has_driver() { prepare(&jit, extent) } else { Ok(()) };
+        Ok((jit, prepared))
+    };
+    std::thread::scope(|scope| {
+        let compiler = scope.spawn(compile);
+        let device = Device::open(ordinal);
+        let compiled = compiler.join().expect("the compiler does not panic");
+        let (device, (jit, prepared)) = (device?, compiled?);
+        jit.require_driver(&device)?;
+        prepared.map(|()| (device, jit))
+    })
+}
+
 /// Checks `device`; the findings come in a fixed order.
 ///
 /// # Errors
 /// The compiler's or the driver's; a difference is a finding, not an error.
 pub fn selfcheck(device: &Device, jit: &Jit, extent: Extent) -> Result<Vec<Finding>> {
     jit.require_driver(device)?;
-    jit.prepare(&sources(extent), std::thread::available_parallelism().map_or(1, usize::from))?;
+    prepare(jit, extent)?;
     let bench = Bench { device, jit, stream: device.stream()? };
     let mut findings = bench.steps(extent)?;
     for layer in layers(extent) {
         findings.extend(bench.layer(&layer)?);
     }
     Ok(findings)
+}
+
+fn prepare(jit: &Jit, extent: Extent) -> Result<()> {
+    jit.prepare(&sources(extent), std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// The short form as a condition.

@@ -69,10 +69,9 @@ pub fn selfcheck(device: Device) -> Result<SelfCheck> {
 }
 
 fn cuda(ordinal: usize) -> Result<SelfCheck, bitfast_cuda::CudaError> {
-    let device = bitfast_cuda::driver::Device::open(ordinal)?;
     let library = crate::env::NVRTC.get().map(|(_, path)| std::path::PathBuf::from(path));
     let cache = crate::fetch::cache_dir().ok().map(|dir| dir.join("kernels"));
-    let jit = bitfast_cuda::jit::Jit::new(library.as_deref(), cache)?;
+    let (device, jit) = bitfast_cuda::selfcheck::open(ordinal, library.as_deref(), cache, Extent::Full)?;
     let findings = bitfast_cuda::selfcheck::selfcheck(&device, &jit, Extent::Full)?;
     Ok(SelfCheck {
         device: device.name().to_owned(),

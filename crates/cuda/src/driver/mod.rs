@@ -48,16 +48,23 @@ const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
 const COMPUTE_CAPABILITY_MINOR: c_int = 76;
 const MULTIPROCESSOR_COUNT: c_int = 16;
 
+/// Whether the machine has a driver at all; a device needs more.
+pub(crate) fn has_driver() -> bool {
+    load_driver().is_ok()
+}
+
+fn load_driver() -> Result<Library> {
+    // SAFETY: libcuda's initialisers have no preconditions.
+    unsafe { Library::new("libcuda.so.1") }.map_err(|e| CudaError::NoDriver(loader_words(&e)))
+}
+
 impl Device {
     /// Opens device `ordinal`.
     ///
     /// # Errors
     /// No driver, an old one, no such device, or one that is not an H100 or H200.
     pub fn open(ordinal: usize) -> Result<Self> {
-        // SAFETY: libcuda's initialisers have no preconditions.
-        let library =
-            unsafe { Library::new("libcuda.so.1") }.map_err(|e| CudaError::NoDriver(loader_words(&e)))?;
-        let api = DriverApi::new(library)
+        let api = DriverApi::new(load_driver()?)
             .map_err(|symbol| CudaError::MissingSymbol { library: "the NVIDIA driver", symbol })?;
         let check = |call, code| check(&api, call, code);
         let (mut version, mut count, mut device, mut context) = (0, 0, 0, std::ptr::null_mut());
