@@ -1,10 +1,13 @@
 // Shared by the attention kernels: what a block works on, how it reads shared memory, and how partial results join.
 //
-// Macros: D GROUP KV_HEADS
+// Macros: D GROUP KV_HEADS [FREE]
 #define HEADS (GROUP * KV_HEADS)
 #define TILE 64                    // keys
 #define TILE_BYTES (TILE * D * 2)  // of keys, or of values
 #define SLAB (TILE * 128)          // 64 elements of every key of a tile
+#ifndef FREE
+#define SPLIT_TILES 8              // of a split: ops::contract::ATTN_SPLIT_KEYS, asserted by src/attention/tiling.rs
+#endif
 static_assert(D % 64 == 0, "rows of the swizzle are 64 elements");
 
 // Rows of a sequence in this step: its first row in the batch, their number, tokens in the cache before them, where its block table starts.
@@ -78,3 +81,11 @@ __device__ __forceinline__ float2 fold(Weights& a, Weights b) {
 __device__ __forceinline__ float join(float a, float b, float2 w) { return __fmaf_rn(a, w.x, __fmul_rn(b, w.y)); }
 // The last add makes the sign of a zero canonical.
 __device__ __forceinline__ float finish(float o, float inverse) { return __fadd_rn(__fmul_rn(o, inverse), 0.f); }
+
+// The sum over the four lanes that share a row of an m16n8k16 tile, in the order of the contract.
+__device__ __forceinline__ float quad_sum(float v) {
+    v = __fadd_rn(v, __shfl_xor_sync(0xFFFFFFFFu, v, 1));
+    return __fadd_rn(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
+}
+// The weight of a score under the maximum m.
+__device__ __forceinline__ float weight_of(float score, float scale_log2, float m) { return exp2_poly3(fmaxf(-125.f, __fmaf_rn(score, scale_log2, -m))); }

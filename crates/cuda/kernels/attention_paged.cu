@@ -14,8 +14,6 @@
 #ifdef FREE
 #define SPLIT_TILES ((int)item.split_tiles)
 static_assert(SPLIT, "whole rows fold at the contract's splits");
-#else
-#define SPLIT_TILES 8
 #endif
 #define WARPS (ROW_WARPS * DIM_WARPS)
 #ifdef RACECHECK // takes an arrival as its lane's alone, __syncwarp or not
@@ -41,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
               const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
     extern __shared__ __align__(1024) u8 smem[];
-    const u32 ring = smem_addr(smem), full = ring + SLOTS * TILE_BYTES, empty = full + 8 * SLOTS;
+    const TileRing ring(smem_addr(smem));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int split = blockIdx.x, kv_head = blockIdx.y;
     launch_dependents();
@@ -54,29 +52,11 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     const int last_tile = SPLIT ? min(first_tile + SPLIT_TILES, all_tiles) : all_tiles;
     if (first_tile >= all_tiles) return;
 
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, HAND_BACKS);
-        mbar_init_fence();
-    }
+    if (threadIdx.x == 0) ring.init(HAND_BACKS);
     __syncthreads();
 
     if (warp == WARPS) {
-        const u32* table = tables + rows.table;
-        u32 blocks = 0;
-        bool waited = false;
-        for (int i = 0; i < 2 * (last_tile - first_tile); i++) {
-            const int at = i / 2, slot = i % SLOTS, use = i / SLOTS;
-            if (i % 64 == 0) blocks = first_tile + at + lane < last_tile ? table[first_tile + at + lane] : 0;
-            const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, at % 32);
-            // Only this step's own keys come from the previous kernel.
-            if (!waited && (first_tile + at + 1) * TILE > (int)rows.context) wait_for_producers(), waited = true;
-            if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
-            if (lane == 0) {
-                mbar_expect_tx(full + 8 * slot, TILE_BYTES);
-                bulk_load(ring + slot * TILE_BYTES, kv + (((u64)block * KV_HEADS + kv_head) * 2 + i % 2) * TILE_BYTES, TILE_BYTES, full + 8 * slot);
-            }
-            __syncwarp();
-        }
+        ring.stream(kv, tables + rows.table, kv_head, first_tile, last_tile, rows.context, lane);
         return;
     }
 
@@ -104,14 +84,11 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     float o[NT][4];
     float l0 = 0.f, l1 = 0.f, m0 = -INFINITE, m1 = -INFINITE; // l: of this lane's keys
     Weights total0 = {-INFINITE, 0.f}, total1 = {-INFINITE, 0.f};
-    const u32 folded = empty + 8 * SLOTS + threadIdx.x * 16; // this thread's part of the fold so far
+    const u32 folded = ring.end() + threadIdx.x * 16; // this thread's part of the fold so far
 #pragma unroll
     for (int j = 0; j < NT; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
 
-    auto lanes_sum = [&](float l) {
-        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
-        return __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
-    };
+    auto lanes_sum = [](float l) { return quad_sum(l); };
     // Joins the split that has just ended to those before it.
     auto end_split = [&](bool first, bool last) {
         const float2 w0 = fold(total0, {m0, lanes_sum(l0)}), w1 = fold(total1, {m1, lanes_sum(l1)});
@@ -130,25 +107,24 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
     for (int tile = first_tile; tile < last_tile; tile++) {
         const int i = 2 * (tile - first_tile), key0 = tile * TILE;
         if (!SPLIT && tile > 0 && tile % SPLIT_TILES == 0) end_split(tile == SPLIT_TILES, false);
-        auto wait_slot = [&](int i) { mbar_wait(full + 8 * (i % SLOTS), i / SLOTS & 1); };
         // Without the fence the arrival can overtake loads of the slot whose results nobody has used yet, and the next copy lands in the
         // middle of them (LOG.md, "a slot handed back too early").
         auto release_slot = [&](int i) {
             async_proxy_fence();
             __syncwarp();
-            if (HANDS_BACK) mbar_arrive(empty + 8 * (i % SLOTS));
+            if (HANDS_BACK) ring.hand_back(i);
         };
-        wait_slot(i);
+        ring.wait(i);
         if (key0 > high_pos) { // masked for every row of this warp: would change no bit
             release_slot(i);
-            wait_slot(i + 1);
+            ring.wait(i + 1);
             release_slot(i + 1);
             continue;
         }
         float s[8][4];
 #pragma unroll
         for (int n = 0; n < 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
-        const u32 k_tile = ring + i % SLOTS * TILE_BYTES + k_row;
+        const u32 k_tile = ring.tile(i) + k_row;
 #pragma unroll
         for (int k = 0; k < D / 16; k++)
 #pragma unroll
@@ -184,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const float score = s[n][H + e];
-                    float p = exp2_poly3(fmaxf(-125.f, __fmaf_rn(score, scale_log2, -next)));
+                    float p = weight_of(score, scale_log2, next);
                     if (masked && score == -INFINITE) p = 0.f;
                     s[n][H + e] = p;
                     l = __fadd_rn(l, p);
@@ -199,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), MIN_CTAS)
         }
 
         release_slot(i); // its scores are all used by now
-        wait_slot(i + 1);
-        const u32 v_tile = ring + (i + 1) % SLOTS * TILE_BYTES + v_row;
+        ring.wait(i + 1);
+        const u32 v_tile = ring.tile(i + 1) + v_row;
         const bool ragged = key0 + TILE > end; // values past the last key are garbage, and 0 * NaN is NaN
 #pragma unroll
         for (int c = 0; c < 4; c++) {

@@ -8,7 +8,6 @@
 // tiles that causality cuts come last; there only the output of j - 1 is. The fold of the splits so far lies in shared memory.
 //
 // Macros: D GROUP KV_HEADS SLOTS
-#define SPLIT_TILES 8
 #define ROWS 128
 #define CONSUMERS 256
 #define ACC (D / 2)       // output floats a thread
@@ -116,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     attention(const bf16* __restrict__ q, const u8* __restrict__ kv, bf16* __restrict__ out, const Seq* __restrict__ seqs,
               const Item* __restrict__ items, const u32* __restrict__ tables, float scale_log2, float* partials, u32* arrived) {
     extern __shared__ __align__(1024) u8 smem[];
-    const u32 ring = smem_addr(smem), full = ring + SLOTS * TILE_BYTES, empty = full + 8 * SLOTS;
+    const TileRing ring(smem_addr(smem));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
     launch_dependents();
     const Item item = items[blockIdx.z];
@@ -125,31 +124,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int end = rows.end();
     const int tiles = (end + TILE - 1) / TILE, splits = (tiles + SPLIT_TILES - 1) / SPLIT_TILES;
 
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < SLOTS; s++) mbar_init(full + 8 * s, 1), mbar_init(empty + 8 * s, CONSUMERS / 32);
-        mbar_init_fence();
-    }
+    if (threadIdx.x == 0) ring.init(CONSUMERS / 32);
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp > CONSUMERS / 32) return;
-        const u32* table = tables + rows.table;
-        u32 blocks = 0;
-        bool waited = false;
-        for (int i = 0; i < 2 * tiles; i++) {
-            const int tile = i / 2, slot = i % SLOTS, use = i / SLOTS;
-            if (i % 64 == 0) blocks = tile + lane < tiles ? table[tile + lane] : 0;
-            const u32 block = __shfl_sync(0xFFFFFFFFu, blocks, tile % 32);
-            // Only this step's own keys come from the previous kernel.
-            if (!waited && (tile + 1) * TILE > (int)rows.context) wait_for_producers(), waited = true;
-            if (use > 0) mbar_wait(empty + 8 * slot, (use - 1) & 1);
-            if (lane == 0) {
-                mbar_expect_tx(full + 8 * slot, TILE_BYTES);
-                bulk_load(ring + slot * TILE_BYTES, kv + (((u64)block * KV_HEADS + kv_head) * 2 + i % 2) * TILE_BYTES, TILE_BYTES, full + 8 * slot);
-            }
-            __syncwarp();
-        }
+        ring.stream(kv, tables + rows.table, kv_head, 0, tiles, rows.context, lane);
         return;
     }
 
@@ -159,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int pos0 = rows.position(row0), pos1 = rows.position(row1), low_pos = rows.position(warp * 16);
     wait_for_producers();
     // This warp's part of the fold's memory first holds its queries and at last its outputs, 16 rows of D elements: 16 bytes `chunk` of a row.
-    const u32 fold_memory = empty + 8 * SLOTS, rows_memory = fold_memory + warp * 512;
+    const u32 fold_memory = ring.end(), rows_memory = fold_memory + warp * 512;
     auto chunk_at = [&](int row, int chunk) { return rows_memory + row % 8 * (CONSUMERS * 16) + row / 8 * 256 + ((chunk ^ row % 8) * 16); };
     const int matrix_row = lane % 8 + lane / 8 % 2 * 8, matrix_chunk = lane / 16; // of four matrices of 8 rows and 8 elements: rows first
     u32 query[D / 16][4];
@@ -184,18 +165,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     float l0 = 0.f, l1 = 0.f, m0 = -INFINITE, m1 = -INFINITE; // l: of this lane's keys
     Weights total0 = {-INFINITE, 0.f}, total1 = {-INFINITE, 0.f};
     const u32 folded = fold_memory + threadIdx.x * 16; // this thread's part of the fold so far
-    auto lanes_sum = [&](float l) {
-        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
-        return __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
-    };
-    auto slot_of = [&](int i) { return ring + i % SLOTS * TILE_BYTES; };
-    auto wait_slot = [&](int i) { mbar_wait(full + 8 * (i % SLOTS), i / SLOTS & 1); };
+    auto wait_slot = [&](int i) { ring.wait(i); };
     auto release_slot = [&](int i) { // the products that read it have been waited for
-        if (lane == 0) mbar_arrive(empty + 8 * (i % SLOTS));
+        if (lane == 0) ring.hand_back(i);
     };
     auto queue_scores = [&](float (&s)[32], int tile) {
         wait_slot(2 * tile);
-        const u64 k = wgmma_desc(slot_of(2 * tile));
+        const u64 k = wgmma_desc(ring.tile(2 * tile));
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < D / 16; c++) wgmma_rs<0>(s, query[c], k + (c / 4 * (SLAB >> 4) + c % 4 * 2), c > 0);
@@ -203,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     };
     auto queue_output = [&](int tile, bool last) {
         wait_slot(2 * tile + 1);
-        const u32 v = slot_of(2 * tile + 1);
+        const u32 v = ring.tile(2 * tile + 1);
         if (last && end % TILE != 0) { // values past the last key are garbage, and 0 * NaN is NaN
             for (int i = threadIdx.x; i < D / 64 * (TILE - end % TILE) * 8; i += CONSUMERS) {
                 const int chunk = i % 8, key = end % TILE + i / 8 % (TILE - end % TILE), slab = i / 8 / (TILE - end % TILE);
@@ -248,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     auto carry_on = [&](int tile, Weights of0, Weights of1) {
         if (tile % SPLIT_TILES == 0) {
             if (tile == 0) return;
-            of0.l = lanes_sum(of0.l), of1.l = lanes_sum(of1.l);
+            of0.l = quad_sum(of0.l), of1.l = quad_sum(of1.l);
             end_split(tile == SPLIT_TILES, false, of0, of1);
             return;
         }
@@ -320,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     queue_output(tile, true);
     wgmma_wait<0>();
     settled(o);
-    end_split(splits == 1, true, {m0, lanes_sum(l0)}, {m1, lanes_sum(l1)});
+    end_split(splits == 1, true, {m0, quad_sum(l0)}, {m1, quad_sum(l1)});
 
     const float inverse0 = __frcp_rn(total0.l), inverse1 = __frcp_rn(total1.l);
     __syncwarp();

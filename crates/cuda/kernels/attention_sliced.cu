@@ -11,7 +11,6 @@
 // JOINED 1: the last block of an item's slice to arrive folds the splits. Always in ascending order.
 //
 // Macros: D GROUP KV_HEADS ROWS SLICES PEERS JOINED
-#define SPLIT_TILES 8
 #define KEYS (TILE * SPLIT_TILES)
 #define WARPS 8
 #define THREADS (32 * WARPS)
@@ -228,7 +227,7 @@ __launch_bounds__(THREADS)
         for (int i = warp / ROW_WARPS; i < 2 * SPLIT_TILES; i += ROW_PARTS) {
             const int key = 32 * i + lane;
             const float at_most = __shfl_sync(0xFFFFFFFFu, m, i / 2);
-            float p = exp2_poly3(fmaxf(-125.f, __fmaf_rn(smem_load(scores + i * 32 * 32), scale_log2, -at_most)));
+            float p = weight_of(smem_load(scores + i * 32 * 32), scale_log2, at_most);
             if (key > pos) p = 0.f;
             smem_store(shared + AT_EXACT + (row * WEIGHT_ROW + key) * 4, p);
             smem_store_bf16(shared + AT_ROUNDED + (row * WEIGHT_ROW + key) * 2, f32_to_bf16(p));
@@ -290,8 +289,7 @@ __launch_bounds__(THREADS)
                 l = __fadd_rn(__fadd_rn(l, p.x), p.y);
             }
         }
-        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 1));
-        l = __fadd_rn(l, __shfl_xor_sync(0xFFFFFFFFu, l, 2));
+        l = quad_sum(l);
         if (t == 0) smem_store(shared + AT_SUMS + row * 4, l);
     }
     __syncthreads();

@@ -3,9 +3,10 @@ use crate::jit::KernelSource;
 use crate::rows::MATH;
 
 const SHARED: &str = include_str!("../../kernels/attention.cuh");
-const PAGED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_paged.cu")];
+const RING: &str = include_str!("../../kernels/attention_ring.cuh");
+const PAGED: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/attention_paged.cu")];
 const SLICED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_sliced.cu")];
-const PREFILL: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_prefill.cu")];
+const PREFILL: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/attention_prefill.cu")];
 
 /// Shared memory that a block may use on sm_90, bytes.
 const SMEM_LIMIT: usize = 232_448;
@@ -15,6 +16,7 @@ const PREFILL_ROWS: usize = 128;
 const SLICES: [usize; 3] = [16, 32, 64];
 /// Tiles of a split.
 const SPLIT_TILES: usize = bitfast_ops::contract::ATTN_SPLIT_KEYS / BLOCK_TOKENS;
+const _: () = assert!(SPLIT_TILES == 8 && BLOCK_TOKENS == 64, "kernels/attention.cuh is written for these");
 
 /// How attention is computed; never what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
