@@ -20,7 +20,7 @@ const LONG_TEXT_BYTES: usize = 16 << 10;
 const SHARES: usize = MAX_BODY_BYTES / LONG_TEXT_BYTES;
 
 /// Where texts are encoded and decoded: on threads that may take their time, and no more of the long ones at a time
-/// than memory is for, as a tokenizer takes two hundred bytes for each byte of a text. Short ones wait for nobody.
+/// than memory is for: a tokenizer takes two hundred bytes for each byte of a text that it cannot cut. Short ones wait for nobody.
 pub(crate) struct Texts(Arc<Semaphore>);
 
 impl Default for Texts {

@@ -1,3 +1,4 @@
+mod cut;
 mod error;
 mod folder;
 mod gguf;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use crate::chat::{ChatTemplate, TemplateError, TemplateTokens};
 use crate::detokenizer::{Detokenizer, Placement, SpecialTokens};
+use cut::Cuts;
 pub use error::TokenizerError;
 pub use gguf::GgufVocab;
 pub(crate) use pieces::Pieces;
@@ -23,6 +25,8 @@ pub struct Tokenizer {
 
 struct Shared {
     encoder: tokenizers::Tokenizer,
+    /// Where long texts may be cut.
+    cuts: Option<Cuts>,
     pieces: Arc<Pieces>,
     bos: Option<u32>,
     eos: Vec<u32>,
@@ -30,7 +34,24 @@ struct Shared {
     chat_template: Result<ChatTemplate, TemplateError>,
 }
 
+/// What a tokenizer is made from.
+struct Parts {
+    encoder: tokenizers::Tokenizer,
+    pieces: Pieces,
+    bos: Option<u32>,
+    eos: Vec<u32>,
+    template_tokens: TemplateTokens,
+    chat_template: Result<ChatTemplate, TemplateError>,
+}
+
 impl Tokenizer {
+    fn new(parts: Parts) -> Self {
+        let Parts { encoder, pieces, bos, eos, template_tokens, chat_template } = parts;
+        let cuts = Cuts::of(&encoder);
+        let pieces = Arc::new(pieces);
+        Self { shared: Arc::new(Shared { encoder, cuts, pieces, bos, eos, template_tokens, chat_template }) }
+    }
+
     /// Reads a Hugging Face folder: `tokenizer.json`, and where they exist `tokenizer_config.json`,
     /// `special_tokens_map.json`, `generation_config.json` (more end tokens) and
     /// `chat_template.jinja`.
@@ -53,6 +74,30 @@ impl Tokenizer {
                 "more than {limit} white-space characters from byte {start}"
             )));
         }
+        match &self.shared.cuts {
+            Some(cuts) if text.len() > PART_BYTES => self.encode_parts(cuts, text, PART_BYTES, add_special),
+            _ => self.encode_whole(text, add_special),
+        }
+    }
+
+    /// As [`encode_whole`](Self::encode_whole), part by part.
+    fn encode_parts(
+        &self,
+        cuts: &Cuts,
+        text: &str,
+        least: usize,
+        add_special: bool,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let around = |ids: &[u32]| if add_special { ids.to_vec() } else { Vec::new() };
+        let mut ids = around(&cuts.before);
+        for part in cut::parts(text, least) {
+            ids.extend(self.encode_whole(part, false)?);
+        }
+        ids.extend(around(&cuts.after));
+        Ok(ids)
+    }
+
+    fn encode_whole(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         // Rules of a tokenizer.json that contradict each other (a template that names a token which is not there) panic inside
         // `tokenizers`, some only on some texts.
         let encoding = catch_unwind(AssertUnwindSafe(|| self.shared.encoder.encode_fast(text, add_special)));
@@ -119,6 +164,9 @@ impl Tokenizer {
         self.shared.chat_template.as_ref()
     }
 }
+
+/// Longer texts are encoded in parts of about this size, where that gives the same ids.
+const PART_BYTES: usize = 64 << 10;
 
 /// Words are cut by patterns with `\s+(?!\S)`, which backtracks over white space. From a million
 /// steps on the engine stops matching without a word, and the ids would be others.

@@ -1,14 +1,13 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use tokenizers::ModelWrapper;
 
 use super::gguf::surround;
 use super::pieces::{PieceStyle, Pieces, Token, TokenKind};
-use super::{Shared, Tokenizer, TokenizerError};
+use super::{Parts, Tokenizer, TokenizerError};
 use crate::chat::{ChatTemplate, TemplateError, TemplateTokens};
 
 pub(super) fn load(dir: &Path) -> Result<Tokenizer, TokenizerError> {
@@ -32,8 +31,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, TokenizerError> {
     eos.dedup();
     let pieces = pieces(&encoder, &dir.join("tokenizer.json"))?;
     let chat_template = chat_template(dir, &config, template_tokens.clone())?;
-    let shared = Shared { encoder, pieces: Arc::new(pieces), bos, eos, template_tokens, chat_template };
-    Ok(Tokenizer { shared: Arc::new(shared) })
+    Ok(Tokenizer::new(Parts { encoder, pieces, bos, eos, template_tokens, chat_template }))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {

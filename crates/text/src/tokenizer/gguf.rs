@@ -1,5 +1,3 @@
-use std::sync::Arc;
-
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::unicode::NFC;
@@ -11,7 +9,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PostProcessorWrapper, SplitDelimiterBehavior};
 
 use super::pieces::{PieceStyle, Pieces, Token, TokenKind};
-use super::{Shared, Tokenizer, TokenizerError, pre};
+use super::{Parts, Tokenizer, TokenizerError, pre};
 use crate::chat::{ChatTemplate, TemplateError, TemplateTokens};
 
 /// A vocabulary as a GGUF file's metadata holds it (the keys `tokenizer.ggml.*`).
@@ -98,9 +96,7 @@ pub(super) fn build(vocab: GgufVocab) -> Result<Tokenizer, TokenizerError> {
     let mut eos = vocab.eos_ids.clone();
     eos.sort_unstable();
     eos.dedup();
-    let shared =
-        Shared { encoder, pieces: Arc::new(pieces), bos: vocab.bos_id, eos, template_tokens, chat_template };
-    Ok(Tokenizer { shared: Arc::new(shared) })
+    Ok(Tokenizer::new(Parts { encoder, pieces, bos: vocab.bos_id, eos, template_tokens, chat_template }))
 }
 
 fn check_lengths(vocab: &GgufVocab) -> Result<(), TokenizerError> {
@@ -129,9 +125,9 @@ fn kind(vocab: &GgufVocab, id: usize) -> TokenKind {
     }
 }
 
-type Parts = (tokenizers::Tokenizer, PieceStyle, bool);
+type Encoder = (tokenizers::Tokenizer, PieceStyle, bool);
 
-fn byte_level(vocab: &GgufVocab) -> Result<Parts, TokenizerError> {
+fn byte_level(vocab: &GgufVocab) -> Result<Encoder, TokenizerError> {
     let pre = pre::by_name(vocab.pre.as_deref().unwrap_or("gpt-2"))?;
     let ids = ids_by_name(vocab);
     let merges = merges(vocab, &ids)?;
@@ -155,7 +151,7 @@ fn byte_level(vocab: &GgufVocab) -> Result<Parts, TokenizerError> {
     Ok((encoder, PieceStyle::ByteLevel, pre.add_bos))
 }
 
-fn sentence_piece(vocab: &GgufVocab) -> Result<Parts, TokenizerError> {
+fn sentence_piece(vocab: &GgufVocab) -> Result<Encoder, TokenizerError> {
     if vocab.scores.is_empty() {
         return Err(TokenizerError::Vocab("a llama vocabulary needs scores".into()));
     }
