@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use crate::bench::flags::{CheckArgs, InvarianceArgs, IterationsArgs, ServeBenchArgs};
+use crate::bench::flags::{
+    CheckArgs, InvarianceArgs, IterationsArgs, LatencyArgs, ServeBenchArgs, ThroughputArgs,
+};
 use crate::verify::VerifyArgs;
 use bitfast::{
     Class, DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
@@ -470,67 +472,4 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
     let id = pair.0.parse().map_err(|_| format!("{:?} is no token id", pair.0))?;
     let bias = pair.1.parse().map_err(|_| format!("{:?} is no number", pair.1))?;
     Ok((id, bias))
-}
-
-/// What a benchmark of the engine itself prints where.
-#[derive(Args, Debug, Clone)]
-#[command(next_help_heading = "Report")]
-pub struct ReportFlags {
-    /// Print the results as JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Write the results as JSON to a file
-    #[arg(long, visible_alias = "output", value_name = "FILE")]
-    pub output_json: Option<PathBuf>,
-    /// Write a page with plots to a file
-    #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
-    /// Seed of the random prompts
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-}
-
-/// Flags of `bitfast bench latency`.
-#[derive(Args, Debug)]
-pub struct LatencyArgs {
-    /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub input_len: usize,
-    /// Tokens of each answer
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub output_len: u32,
-    /// Requests
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub batch_size: usize,
-    /// Timed repetitions
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    pub num_iters: usize,
-    /// Repetitions before them
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub num_iters_warmup: usize,
-    #[command(flatten)]
-    pub report: ReportFlags,
-    #[command(flatten)]
-    pub engine: EngineFlags,
-}
-
-/// Flags of `bitfast bench throughput`.
-#[derive(Args, Debug)]
-pub struct ThroughputArgs {
-    /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub input_len: usize,
-    /// Tokens of each answer
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub output_len: u32,
-    /// Requests of each repetition
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub num_prompts: usize,
-    /// Timed repetitions
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub repeats: usize,
-    #[command(flatten)]
-    pub report: ReportFlags,
-    #[command(flatten)]
-    pub engine: EngineFlags,
 }

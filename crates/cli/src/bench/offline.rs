@@ -1,10 +1,10 @@
 use bitfast::LLM;
 use bitfast_bench::offline::{self, Load, system_clock};
 
-use super::flags::OutputFlags;
+use super::flags::{LatencyArgs, OutputFlags, ReportFlags, ThroughputArgs};
 use super::remote::{self, Bar};
 use crate::exit::Outcome;
-use crate::flags::{EngineFlags, LatencyArgs, ReportFlags, ThroughputArgs};
+use crate::flags::EngineFlags;
 
 /// `bitfast bench latency`.
 pub fn latency(args: &LatencyArgs) -> Outcome {
