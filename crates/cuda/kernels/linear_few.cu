@@ -12,7 +12,6 @@
 #define PADDED_K (LEAVES * LEAF_BLOCKS * 64)
 #define X_PITCH (PADDED_K * 2 + 32)
 #define SLOT 2048
-static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
 static_assert(K % 8 == 0, "rows are multiples of 16 bytes");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
@@ -107,8 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         }
         auto store = [&](long m, int n, float v) {
             if (m >= tokens || n >= N) return;
-            if (LOGITS) ((float*)y)[m * N + n] = v;
-            else ((bf16*)y)[m * N + n] = (bf16)pack_bf16(v, 0.f);
+            write_output(y, m, n, v);
         };
         if (LEAVES == 1) {
             if (on)
@@ -127,15 +125,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                 float v[LEAVES];
 #pragma unroll
                 for (int k = 0; k < LEAVES; k++) v[k] = part[(of * LEAVES + k) * NT * 128 + at];
-                if (TREE) {
-#pragma unroll
-                    for (int h = 1; h < LEAVES; h *= 2)
-#pragma unroll
-                        for (int k = 0; k < LEAVES; k += 2 * h) v[k] = __fadd_rn(v[k], v[k + h]);
-                } else {
-#pragma unroll
-                    for (int k = 1; k < LEAVES; k++) v[0] = __fadd_rn(v[0], v[k]);
-                }
+                join_leaves(v);
                 store(j * 8 + 2 * (l % 4) + (q & 1), (tile - tile_of_cta + of) * 16 + l / 4 + (q >> 1) * 8, v[0]);
             }
             __syncthreads();

@@ -4,7 +4,7 @@
 // A cluster of KSPLIT CTAs computes one tile of 64 * WGS outputs x TB tokens; each CTA has an equal run of leaves, and
 // partial tiles join through distributed shared memory (of a fold, every leaf's). Weights are requested before the previous kernel in the stream has ended.
 //
-// Macros: N K LEAVES TREE LOGITS [SILU] TB WGS STAGES KSPLIT MIN_CTAS
+// Macros: N K LEAVES TREE LOGITS [SILU] TB WGS STAGES KSPLIT MIN_CTAS LEVELS
 #define ROWS (64 * WGS)
 #define A_BYTES (ROWS * 128)
 #define B_BYTES (TB * 128)
@@ -15,7 +15,6 @@
 #define ACC (TB / 2)
 #define THREADS (128 * WGS + 32)
 #define PITCH (ROWS + 4) // of the fp32 tile [TB][ROWS + 4] in shared memory
-static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
 #define TILE_FLOATS (TB * PITCH)
 // Partial tiles of a CTA: of a tree its subtree's sum, of a shared fold each leaf.
 #define PARTS (KSPLIT > 1 && !TREE ? CTA_LEAVES : 1)
@@ -23,7 +22,7 @@ static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 
 #define RING_BYTES (STAGES * STAGE_BYTES > TILE_FLOATS * 4 ? STAGES * STAGE_BYTES : TILE_FLOATS * 4)
 #define PART_AT(part) ((part) == PARTS - 1 ? 0 : RING_BYTES + (part) * TILE_FLOATS * 4)
 static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
-static_assert(!SILU || (LEAVES == 1 && KSPLIT == 1 && !LOGITS && N % 16 == 0), "gates and ups are whole sums, 8 by 8");
+static_assert(!SILU || KSPLIT == 1, "gates and ups are one block's");
 
 constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
 
@@ -137,24 +136,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
         float4 v[KSPLIT * PARTS];
 #pragma unroll
         for (int r = 0; r < KSPLIT * PARTS; r++) v[r] = KSPLIT == 1 ? smem_load4(at) : cluster_load4(at + PART_AT(r % PARTS), r / PARTS);
-        if (TREE) {
-#pragma unroll
-            for (int h = 1; h < KSPLIT; h *= 2)
-#pragma unroll
-                for (int r = 0; r < KSPLIT; r += 2 * h) v[r] = add4(v[r], v[r + h]);
-        } else {
-#pragma unroll
-            for (int r = 1; r < KSPLIT * PARTS; r++) v[0] = add4(v[0], v[r]);
-        }
+        join_leaves(v);
         if (N % 4 == 0) {
             if (LOGITS) *(float4*)((float*)y + m * N + n) = v[0];
             else *(uint2*)((bf16*)y + m * N + n) = make_uint2(pack_bf16(v[0].x, v[0].y), pack_bf16(v[0].z, v[0].w));
         } else {
             const float e[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
-            for (int q = 0; q < 4 && n + q < N; q++) {
-                if (LOGITS) ((float*)y)[m * N + n + q] = e[q];
-                else ((bf16*)y)[m * N + n + q] = (bf16)pack_bf16(e[q], 0.f);
-            }
+            for (int q = 0; q < 4 && n + q < N; q++) write_output(y, m, n + q, e[q]);
         }
     }
     if (KSPLIT > 1) cluster_sync(); // a peer may still read this CTA's tile

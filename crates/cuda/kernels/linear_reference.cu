@@ -2,10 +2,6 @@
 // global memory. The referee of the fast kernels on the device itself, and part of the self-check.
 //
 // Macros: N K LEAVES TREE LOGITS [SILU]
-#ifndef SILU
-#define SILU 0
-#endif
-static_assert(!SILU || (LEAVES == 1 && N % 16 == 0), "gates and ups are whole sums, 8 by 8");
 extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__ x, const bf16* __restrict__ w, void* __restrict__ y, int tokens) {
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     launch_dependents();
@@ -21,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__
     const bool a0 = row < N, a1 = SILU || row + 8 < N, b0 = m0 + g < tokens;
     const bf16 *w0 = w + (long)row * K, *w1 = w0 + (SILU ? N / 2 : 8) * (long)K, *x0 = x + (m0 + g) * K;
     constexpr int LEAF = (K + LEAVES - 1) / LEAVES;
-    float v[LEAVES][4];
+    float v[4][LEAVES];
 #pragma unroll
     for (int leaf = 0; leaf < LEAVES; leaf++) {
         float c[4] = {0.f, 0.f, 0.f, 0.f};
@@ -29,24 +25,15 @@ extern "C" __global__ void __launch_bounds__(32) linear(const bf16* __restrict__
             int p = k + 2 * t;
             mma_16816(c, pair(w0, a0, p), pair(w1, a1, p), pair(w0, a0, p + 8), pair(w1, a1, p + 8), pair(x0, b0, p), pair(x0, b0, p + 8));
         }
-        for (int q = 0; q < 4; q++) v[leaf][q] = c[q];
+        for (int q = 0; q < 4; q++) v[q][leaf] = c[q];
     }
     for (int q = 0; q < 4; q++) {
-        if (TREE) {
-#pragma unroll
-            for (int h = 1; h < LEAVES; h *= 2)
-#pragma unroll
-                for (int i = 0; i < LEAVES; i += 2 * h) v[i][q] = __fadd_rn(v[i][q], v[i + h][q]);
-        } else {
-#pragma unroll
-            for (int i = 1; i < LEAVES; i++) v[0][q] = __fadd_rn(v[0][q], v[i][q]);
-        }
+        join_leaves(v[q]);
         long m = m0 + 2 * t + (q & 1);
         int n = n0 + g + (q >> 1) * 8;
         if (m >= tokens || n >= N) continue;
         if (SILU) {
-            if (q < 2) ((bf16*)y)[m * (N / 2) + n0 / 2 + g] = (bf16)silu_mul_pair(v[0][q], v[0][q + 2], 0.f, 0.f);
-        } else if (LOGITS) ((float*)y)[m * N + n] = v[0][q];
-        else ((bf16*)y)[m * N + n] = (bf16)pack_bf16(v[0][q], 0.f);
+            if (q < 2) ((bf16*)y)[m * (N / 2) + n0 / 2 + g] = (bf16)silu_mul_pair(v[q][0], v[q + 2][0], 0.f, 0.f);
+        } else write_output(y, m, n, v[q][0]);
     }
 }

@@ -1,12 +1,9 @@
-// Shared by the warpgroup linears: the ring of TMA slots, the stack of running sums, the order of tiles.
+// Shared by the warpgroup linears: weights' copies, the ring of TMA slots, the stack of running sums.
+//
+// Macros: TREE LOGITS SILU STAGES LEVELS (sets of running sums beside the accumulator)
 
-// SILU: the matrix is gate rows, then as many up rows, and the output SiLU(gate) * up. Tiles then hold 8 gate rows, the 8 up rows of the
-// same outputs, the next 8 gate rows and so on (a tensor map of rank 4 reads them so), so that a thread has both factors of an output.
-#ifndef SILU
-#define SILU 0
-#endif
-
-// Weights of a tile from its row n0 on, 64 of k.
+// Weights of a tile from its row n0 on, 64 of k. SILU: 8 gate rows, the 8 up rows of the same outputs, the next 8 gate rows and so on (a
+// tensor map of rank 4 reads them so), so that a thread has both factors of an output.
 __device__ __forceinline__ void load_weights(u32 dst, const TensorMap* map, int k, int n0, u32 bar, u64 policy) {
     if (SILU) tma_load_4d(dst, map, k, 0, 0, n0 / 16, bar, policy);
     else tma_load_2d(dst, map, k, n0, bar, policy);
@@ -36,10 +33,6 @@ template <int S, int R> struct Level {
         else smem_store4(spill + (i - R) * 128, v.x, v.y, v.z, v.w);
     }
 };
-
-__device__ __forceinline__ float4 add4(float4 p, float4 q) {
-    return make_float4(__fadd_rn(p.x, q.x), __fadd_rn(p.y, q.y), __fadd_rn(p.z, q.z), __fadd_rn(p.w, q.w));
-}
 
 // An accumulator of S floats a thread and the sums of the leaves before it.
 template <int S, int R0, int R1, int R2> struct Sums {
@@ -71,10 +64,10 @@ template <int S, int R0, int R1, int R2> struct Sums {
     // acc holds the last leaf: four floats of the sum of all. Zero plus the only leaf is that leaf, as in join.
     __device__ __forceinline__ float4 total(int i) const {
         float4 v = make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
-        if (LEVELS == 0 && LOGITS) v = add4(make_float4(0.f, 0.f, 0.f, 0.f), v);
-        if (LEVELS > 0) v = add4(level0.get(i), v);
-        if (LEVELS > 1) v = add4(level1.get(i), v);
-        if (LEVELS > 2) v = add4(level2.get(i), v);
+        if (LEVELS == 0 && LOGITS) v = add(make_float4(0.f, 0.f, 0.f, 0.f), v);
+        if (LEVELS > 0) v = add(level0.get(i), v);
+        if (LEVELS > 1) v = add(level1.get(i), v);
+        if (LEVELS > 2) v = add(level2.get(i), v);
         return v;
     }
 
@@ -84,21 +77,13 @@ private:
 #pragma unroll
         for (int i = 0; i < S; i += 4) {
             float4 v = make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
-            if (ZERO) v = add4(make_float4(0.f, 0.f, 0.f, 0.f), v);
-            if (ADD > 0) v = add4(level0.get(i), v);
-            if (ADD > 1) v = add4(level1.get(i), v);
-            if (ADD > 2) v = add4(level2.get(i), v);
+            if (ZERO) v = add(make_float4(0.f, 0.f, 0.f, 0.f), v);
+            if (ADD > 0) v = add(level0.get(i), v);
+            if (ADD > 1) v = add(level1.get(i), v);
+            if (ADD > 2) v = add(level2.get(i), v);
             if (TO == 1) level0.put(i, v);
             if (TO == 2) level1.put(i, v);
             if (TO == 3) level2.put(i, v);
         }
     }
 };
-
-// Groups of GROUP A tiles share the B tiles that stream past them.
-__device__ __forceinline__ void tile_at(int tile, int a_tiles, int b_tiles, int& a, int& b) {
-    int per_group = GROUP * b_tiles, group = tile / per_group, rest = tile % per_group;
-    int height = min(GROUP, a_tiles - group * GROUP);
-    a = group * GROUP + rest % height;
-    b = rest / height;
-}

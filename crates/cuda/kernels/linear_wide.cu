@@ -11,7 +11,7 @@
 // each level's TB / 2 floats a thread stay in registers, the rest in shared memory. For 128 x 256 a fold fits, for
 // 128 x 192 a tree of 4, for 128 x 128 a tree of 8.
 //
-// Macros: N K LEAVES TREE LOGITS [SILU] TB STAGES CLUSTER OUT_COLS GROUP REGS0 REGS1 REGS2
+// Macros: N K LEAVES TREE LOGITS [SILU] TB STAGES CLUSTER OUT_COLS RASTER REGS0 REGS1 REGS2 LEVELS
 #define A_BYTES (128 * 128)
 #define B_BYTES (TB * 128)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
@@ -22,9 +22,8 @@
 #define SPILL (LEAVES == 1 && !LOGITS ? 0 : ACC - REGS0 + (LEVELS > 1 ? ACC - REGS1 : 0) + (LEVELS > 2 ? ACC - REGS2 : 0))
 // A warp's shared memory: 16 rows x OUT_COLS columns of bf16 output, and sums.
 #define AREA (OUT_COLS * 32 + SPILL * 128)
-static_assert(LEAVES == 1 || K % (64 * LEAVES) == 0, "a leaf is whole blocks of 64 k");
 static_assert(TB % 32 == 0 && TB / CLUSTER % 8 == 0, "shape");
-static_assert(!SILU || (N % 16 == 0 && TB / CLUSTER % 16 == 0 && !LOGITS), "gates and ups alternate, 8 by 8");
+static_assert(!SILU || TB / CLUSTER % 16 == 0, "gates and ups alternate, 8 by 8");
 static_assert(!LOGITS || N % 2 == 0, "logits are written in pairs");
 #define OUTPUTS (SILU ? TB / 2 : TB) // of a tile
 static_assert(LOGITS || OUTPUTS % OUT_COLS == 0, "whole buffers");
@@ -42,6 +41,14 @@ __device__ __forceinline__ void release(u32 bar, int lane) {
     } else if (lane < CLUSTER) {
         mbar_arrive_cluster(bar, lane);
     }
+}
+
+// Tiles in their order: RASTER token tiles (a) share the weight tiles (b) that stream past them.
+__device__ __forceinline__ void tile_at(int tile, int a_tiles, int b_tiles, int& a, int& b) {
+    int per_group = RASTER * b_tiles, group = tile / per_group, rest = tile % per_group;
+    int height = min(RASTER, a_tiles - group * RASTER);
+    a = group * RASTER + rest % height;
+    b = rest / height;
 }
 
 // What a finished tile leaves, in the order of the sums in registers.

@@ -1,4 +1,4 @@
-use super::{LinearSpec, Output};
+use super::{FEW, LinearSpec, Output};
 use crate::jit::KernelSource;
 
 /// Launch plan of `kernels/linear_few.cu`; see there.
@@ -21,12 +21,7 @@ impl Few {
             ("NT", self.token_eights as i64),
             ("STAGES", self.stages as i64),
         ]);
-        KernelSource {
-            name: "linear_few",
-            parts: &[include_str!("../../kernels/linear_few.cu")],
-            defines,
-            wgmma_n: None,
-        }
+        KernelSource { name: "linear_few", parts: FEW, defines, wgmma_n: None }
     }
 
     fn warps(&self, spec: &LinearSpec) -> usize {

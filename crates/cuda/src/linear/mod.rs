@@ -23,6 +23,13 @@ pub use narrow::Narrow;
 pub use plan::plan;
 pub use wide::Wide;
 
+const SHARED: &str = include_str!("../../kernels/linear.cuh");
+const RING: &str = include_str!("../../kernels/linear_ring.cuh");
+const REFERENCE: &[&str] = &[MATH, SHARED, include_str!("../../kernels/linear_reference.cu")];
+const FEW: &[&str] = &[SHARED, include_str!("../../kernels/linear_few.cu")];
+const NARROW: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/linear_narrow.cu")];
+const WIDE: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/linear_wide.cu")];
+
 /// Shared memory that a block may use on sm_90, bytes.
 const SMEM_LIMIT: usize = 232_448;
 
@@ -114,7 +121,7 @@ impl Variant {
         match self {
             Variant::Reference => KernelSource {
                 name: "linear_reference",
-                parts: &[MATH, include_str!("../../kernels/linear_reference.cu")],
+                parts: REFERENCE,
                 defines: spec.defines(),
                 wgmma_n: None,
             },

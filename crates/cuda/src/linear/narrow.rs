@@ -1,8 +1,7 @@
 use bitfast_ops::contract::Join;
 
-use super::{LinearSpec, levels};
+use super::{LinearSpec, NARROW, levels};
 use crate::jit::KernelSource;
-use crate::rows::MATH;
 
 /// Launch plan of `kernels/linear_narrow.cu`; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,18 +29,8 @@ impl Narrow {
             ("KSPLIT", self.ksplit as i64),
             ("MIN_CTAS", self.min_ctas as i64),
             ("LEVELS", levels(leaves, spec.order.join) as i64),
-            ("GROUP", 1),
         ]);
-        KernelSource {
-            name: "linear_narrow",
-            parts: &[
-                MATH,
-                include_str!("../../kernels/linear_ring.cuh"),
-                include_str!("../../kernels/linear_narrow.cu"),
-            ],
-            defines,
-            wgmma_n: Some(self.tokens),
-        }
+        KernelSource { name: "linear_narrow", parts: NARROW, defines, wgmma_n: Some(self.tokens) }
     }
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {

@@ -1,7 +1,6 @@
-use super::{LinearSpec, Output, levels};
+use super::{LinearSpec, Output, WIDE, levels};
 use crate::driver::{TensorMapDesc, TensorMapElement};
 use crate::jit::KernelSource;
-use crate::rows::MATH;
 
 /// Launch plan of `kernels/linear_wide.cu`; see there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,22 +32,13 @@ impl Wide {
             ("STAGES", self.stages as i64),
             ("CLUSTER", self.cluster as i64),
             ("OUT_COLS", self.out_cols as i64),
-            ("GROUP", self.raster as i64),
+            ("RASTER", self.raster as i64),
             ("REGS0", self.regs[0] as i64),
             ("REGS1", self.regs[1] as i64),
             ("REGS2", self.regs[2] as i64),
             ("LEVELS", levels(spec.order.leaves, spec.order.join) as i64),
         ]);
-        KernelSource {
-            name: "linear_wide",
-            parts: &[
-                MATH,
-                include_str!("../../kernels/linear_ring.cuh"),
-                include_str!("../../kernels/linear_wide.cu"),
-            ],
-            defines,
-            wgmma_n: Some(self.tile),
-        }
+        KernelSource { name: "linear_wide", parts: WIDE, defines, wgmma_n: Some(self.tile) }
     }
 
     pub(super) fn smem_bytes(&self, spec: &LinearSpec) -> usize {
