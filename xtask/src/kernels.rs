@@ -1,5 +1,5 @@
-//! Every CUDA kernel, compiled without a GPU: registers, spills and the instructions that speed rests on, compared with
-//! `xtask/kernels.txt`. Compiler and disassembler come out of pinned packages, into the cache.
+//! Every CUDA kernel, compiled without a GPU: registers, spills, the instructions that speed rests on and a hash of the machine
+//! code, compared with `xtask/kernels.txt`. Compiler and disassembler come out of pinned packages, into the cache.
 //!
 //! Broken is what no change may do: a kernel that does not compile, spills its sums, has its warpgroup products
 //! serialised, or lost an instruction that it is there for. All other differences are drift: to be read and blessed.
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
 
 use crate::models::{Client, Package, fetch_all};
 
@@ -95,7 +96,7 @@ pub fn kernels(root: &Path, mode: Mode) -> Result<()> {
     if !broken.is_empty() {
         bail!("{} kernels are broken:\n{}", broken.len(), broken.join("\n"));
     }
-    let (now, path) = (render(&instances, &seen), root.join(SNAPSHOT));
+    let (now, path) = (render(&instances, &seen, &code(&instances)?), root.join(SNAPSHOT));
     if mode == Mode::Bless {
         fs::write(&path, now).with_context(|| format!("cannot write {}", path.display()))?;
         eprintln!("{} instances written to {SNAPSHOT}", instances.len());
@@ -239,15 +240,41 @@ fn broken(instances: &[Instance], seen: &BTreeMap<String, BTreeSet<&'static str>
     broken
 }
 
+/// Of each kernel the number of its instances and the start of a hash of all their cubins, which the compiler gives byte for byte again.
+fn code(instances: &[Instance]) -> Result<BTreeMap<String, (usize, String)>> {
+    let mut hashers: BTreeMap<&str, (usize, Sha256)> = BTreeMap::new();
+    for instance in instances.iter().filter(|i| i.arch == ARCH) {
+        let Ok(Compiled { cubin, .. }) = &instance.outcome else { continue };
+        let bytes = fs::read(cubin).with_context(|| format!("cannot read {}", cubin.display()))?;
+        let (count, hasher) = hashers.entry(instance.kernel()).or_default();
+        *count += 1;
+        hasher.update((bytes.len() as u64).to_le_bytes());
+        hasher.update(&bytes);
+    }
+    let hex = |hasher: Sha256| hasher.finalize()[..6].iter().map(|b| format!("{b:02x}")).collect();
+    Ok(hashers
+        .into_iter()
+        .map(|(kernel, (count, hasher))| (kernel.to_owned(), (count, hex(hasher))))
+        .collect())
+}
+
 /// The snapshot's text.
-fn render(instances: &[Instance], seen: &BTreeMap<String, BTreeSet<&'static str>>) -> String {
+fn render(
+    instances: &[Instance],
+    seen: &BTreeMap<String, BTreeSet<&'static str>>,
+    code: &BTreeMap<String, (usize, String)>,
+) -> String {
     let mut text = format!(
         "# Rewritten by `cargo xtask kernels --bless` ({}).\n\
          # {ARCH}: registers a thread, bytes spilled, kernel, and of two instances of each kernel the instructions\n\
-         # {}.\n# Elsewhere one instance of each kernel is compiled; nobody has run it there.\n",
+         # {}. Before them a hash of each kernel's machine code, over all its instances.\n\
+         # Elsewhere one instance of each kernel is compiled; nobody has run it there.\n",
         TOOLS[0].requirement,
         INSTRUCTIONS.join(" ")
     );
+    for (kernel, (count, hash)) in code {
+        writeln!(text, "{ARCH} code {hash} {kernel} ({count})").expect("a String grows");
+    }
     for Instance { arch, label, outcome } in instances {
         let seen = seen.get(label).filter(|_| arch == ARCH);
         let seen = seen.map_or(String::new(), |kinds| {
@@ -316,15 +343,40 @@ mod tests {
     #[test]
     fn drift_names_both_lines() {
         let all = seen(&["HGMMA", "UTMALDG"]);
-        let before = render(&instances(GOOD), &all);
+        let code = |hash: &str| [("linear_wide".to_owned(), (1, hash.to_owned()))].into();
+        let before = render(&instances(GOOD), &all, &code("ab"));
+        assert!(before.contains("sm_90a code ab linear_wide (1)\n"), "{before}");
         assert!(before.contains("sm_90a 168   0 linear_wide N=8 [HGMMA UTMALDG]\n"), "{before}");
         assert!(before.contains("sm_80 does not compile: linear_wide N=8: no clusters\n"), "{before}");
         assert_eq!(differences(&before, &before), Vec::<String>::new());
-        let now = render(&instances(&GOOD.replace("\t16\t", "\t18\t")), &all);
+        let now = render(&instances(&GOOD.replace("\t16\t", "\t18\t")), &all, &code("cd"));
         assert_eq!(
             differences(&before, &now),
-            ["- sm_90a  16   0 rows_copy D=8", "+ sm_90a  18   0 rows_copy D=8"]
+            [
+                "- sm_90a code ab linear_wide (1)",
+                "- sm_90a  16   0 rows_copy D=8",
+                "+ sm_90a code cd linear_wide (1)",
+                "+ sm_90a  18   0 rows_copy D=8"
+            ]
         );
+    }
+
+    #[test]
+    fn one_byte_changes_the_hash_of_its_kernel_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = GOOD.replace("/tmp/", &format!("{}/", folder.path().display()));
+        let hashes = |last: u8| {
+            for (file, byte) in [("0.cubin", last), ("1.cubin", 7)] {
+                fs::write(folder.path().join(file), [1, 2, byte]).unwrap();
+            }
+            code(&instances(&text)).unwrap()
+        };
+        let (before, now) = (hashes(3), hashes(4));
+        assert_eq!((before.len(), before["linear_wide"].0), (2, 1));
+        assert_ne!(before["linear_wide"], now["linear_wide"]);
+        assert_eq!(before["rows_copy"], now["rows_copy"]);
+        fs::remove_file(folder.path().join("1.cubin")).unwrap();
+        assert!(code(&instances(&text)).unwrap_err().to_string().contains("1.cubin"));
     }
 
     #[test]
