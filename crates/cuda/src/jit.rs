@@ -313,6 +313,14 @@ mod tests {
         assert_eq!(source(3).label(), "k A=3");
     }
 
+    /// Contraction and approximations are other bits, which only a card would show.
+    #[test]
+    fn no_flag_changes_arithmetic() {
+        assert!(FLAGS.contains(&"-fmad=false"));
+        let fast = |flag: &&&str| ["fast", "ftz", "prec", "approx"].iter().any(|word| flag.contains(word));
+        assert_eq!(FLAGS.iter().find(fast), None);
+    }
+
     #[test]
     fn a_missing_compiler_is_a_typed_error() {
         let Err(error) = Jit::new(Some(Path::new("/nonexistent/libnvrtc.so")), None) else {

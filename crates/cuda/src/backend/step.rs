@@ -202,19 +202,15 @@ impl Step {
         limits: Limits,
     ) -> Result<bool> {
         let seqs = &batch.seqs;
-        let decode_only = seqs.iter().all(|s| s.num_rows == 1);
         let rows = batch.num_tokens();
-        let padded = bucket(rows).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows);
+        let padded = padding(batch, limits);
         let sequences = Sequences::new(seqs);
         let plans: Vec<Items> =
             specs.iter().flat_map(|spec| plan(spec, seqs, &sequences, padded, limits.splits)).collect();
         self.tokens = rows;
         self.rows = padded.unwrap_or(rows);
         self.logit_rows = padded.unwrap_or(batch.logit_rows.len());
-        self.graph = padded.map(|rows| {
-            let splits = plans.iter().map(|p| if p.extent.partials == 0 { 0 } else { p.extent.max_splits });
-            GraphKey { rows, splits: splits.max().unwrap_or(0) }
-        });
+        self.graph = padded.map(|rows| key(rows, &plans));
         self.positions = batch.positions.iter().max().map_or(0, |p| *p as usize + 1);
         let slots = batch.slots.iter().filter(|slot| **slot != NOBODY);
         self.blocks = slots.max().map_or(0, |s| *s as usize / BLOCK_TOKENS + 1);
@@ -225,8 +221,9 @@ impl Step {
         let partials = extents().map(|e| e.partial_bytes()).max().unwrap_or(0);
         let arrived = extents().map(|e| e.arrived_bytes()).max().unwrap_or(0);
         let changed = self.grow(stream, layout.end, partials, arrived)?;
-        self.write(batch, &layout, &sequences, &plans);
-        // SAFETY: the words change in `write` only, which `grow` lets wait for the copy.
+        let sizes = [self.rows, self.logit_rows];
+        fill(self.host.words_mut(), sizes, batch, &layout, &sequences, &plans);
+        // SAFETY: the words change in `fill` above only, which `grow` lets wait for the copy.
         unsafe { self.host.copy_to(stream, layout.end, &self.arena)? };
         stream.record(&self.copied)?;
         self.inputs = Some(self.parts(&layout, plans.iter().map(|p| p.extent)));
@@ -254,29 +251,6 @@ impl Step {
         Ok(changed)
     }
 
-    fn write(&mut self, batch: &BatchInputs, layout: &Layout, sequences: &Sequences, plans: &[Items]) {
-        let Self { rows, logit_rows, host, .. } = self;
-        let words = host.words_mut();
-        let mut put = |from: usize, len: usize, data: &[u32], padding: u32| {
-            let part = &mut words[from..from + len];
-            let (used, rest) = part.split_at_mut(data.len());
-            used.copy_from_slice(data);
-            rest.fill(padding);
-        };
-        put(0, *rows, &batch.token_ids, NOBODY);
-        put(layout.positions, *rows, &batch.positions, 0);
-        put(layout.slots, *rows, &batch.slots, NOBODY);
-        put(layout.logit_rows, *logit_rows, &batch.logit_rows, NOBODY);
-        // Padding has sequences without rows.
-        put(layout.seqs, layout.items - layout.seqs, &sequences.words, 0);
-        let mut at = layout.items;
-        for items in plans {
-            put(at, items.words.len(), &items.words, 0);
-            at += items.words.len();
-        }
-        put(layout.tables, sequences.tables.len(), &sequences.tables, 0);
-    }
-
     fn parts(&self, layout: &Layout, extents: impl Iterator<Item = Extent>) -> Inputs {
         let part = |from: usize, to: usize| self.arena.part(4 * from, 4 * (to - from));
         let mut at = layout.items;
@@ -302,6 +276,47 @@ impl Step {
             attention,
         }
     }
+}
+
+/// Rows that a step is padded to, so that it can be replayed; none unless every sequence decodes.
+fn padding(batch: &BatchInputs, limits: Limits) -> Option<usize> {
+    let decode_only = batch.seqs.iter().all(|s| s.num_rows == 1);
+    bucket(batch.num_tokens()).filter(|p| limits.graphs && decode_only && *p <= limits.logit_rows)
+}
+
+/// What of a padded step's launches is baked in.
+fn key(rows: usize, plans: &[Items]) -> GraphKey {
+    let splits = plans.iter().map(|p| if p.extent.partials == 0 { 0 } else { p.extent.max_splits });
+    GraphKey { rows, splits: splits.max().unwrap_or(0) }
+}
+
+/// Writes a step's `words`: so many rows and rows of logits, those of padding nobody's.
+fn fill(
+    words: &mut [u32],
+    [rows, logit_rows]: [usize; 2],
+    batch: &BatchInputs,
+    layout: &Layout,
+    sequences: &Sequences,
+    plans: &[Items],
+) {
+    let mut put = |from: usize, len: usize, data: &[u32], padding: u32| {
+        let part = &mut words[from..from + len];
+        let (used, rest) = part.split_at_mut(data.len());
+        used.copy_from_slice(data);
+        rest.fill(padding);
+    };
+    put(0, rows, &batch.token_ids, NOBODY);
+    put(layout.positions, rows, &batch.positions, 0);
+    put(layout.slots, rows, &batch.slots, NOBODY);
+    put(layout.logit_rows, logit_rows, &batch.logit_rows, NOBODY);
+    // Padding has sequences without rows.
+    put(layout.seqs, layout.items - layout.seqs, &sequences.words, 0);
+    let mut at = layout.items;
+    for items in plans {
+        put(at, items.words.len(), &items.words, 0);
+        at += items.words.len();
+    }
+    put(layout.tables, sequences.tables.len(), &sequences.tables, 0);
 }
 
 /// Attention's launches for one shape of heads: few rows a sequence, then many.
@@ -414,6 +429,85 @@ mod tests {
             // As many as a batch of such contexts has, and one of the longest more than is planned for.
             assert!(plan.extent.partial_bytes() <= partial_bytes(&SPEC, rows, ATTN_SPLIT_KEYS * splits));
         }
+    }
+
+    /// What is replayed has baked in how many blocks there are and of which kernel: of steps with one key they must be the same.
+    #[test]
+    fn steps_of_one_key_have_the_same_launches() {
+        let mut launches = std::collections::HashMap::new();
+        for rows in [1, 2, 3, 7, 8, 9, 12, 16, 40, 250, 256] {
+            for longest in [1, 511, 512, 600, 1024, 1500, 4000, 9000, 60_000] {
+                for others in [0, 511, 700, 5000] {
+                    let contexts: Vec<u32> =
+                        (0..rows).map(|i| if i == rows / 2 { longest } else { others }).collect();
+                    let seqs = decoding(&contexts);
+                    let padded = bucket(seqs.len()).expect("few");
+                    let plans = plans(&seqs, Some(padded));
+                    let grids: Vec<_> = plans
+                        .iter()
+                        .map(|p| {
+                            (p.extent.tiling, p.extent.items, p.extent.tiling.blocks(p.extent.max_splits))
+                        })
+                        .collect();
+                    let before = launches.entry(key(padded, &plans)).or_insert_with(|| grids.clone());
+                    assert_eq!(*before, grids, "{rows} rows, contexts of {longest} and {others}");
+                }
+            }
+        }
+        assert!(launches.len() > 30, "{} keys", launches.len());
+    }
+
+    #[test]
+    fn only_steps_that_decode_are_padded() {
+        let limits = Limits { graphs: true, logit_rows: 64, splits: Splits::Law };
+        let padded = |seqs: Vec<SeqInput>, limits: Limits| {
+            let rows = seqs.iter().map(|s| s.num_rows).sum::<u32>();
+            padding(
+                &BatchInputs { token_ids: vec![1; rows as usize], seqs, ..BatchInputs::default() },
+                limits,
+            )
+        };
+        assert_eq!(padded(decoding(&[9; 9]), limits), Some(16));
+        assert_eq!(padded(decoding(&[9; 65]), limits), None);
+        assert_eq!(padded(decoding(&[9; 9]), Limits { graphs: false, ..limits }), None);
+        let mut chunk = decoding(&[9; 9]);
+        chunk[8].num_rows = 2;
+        assert_eq!(padded(chunk, limits), None);
+    }
+
+    /// Padding has no token, no slot to store to, no row of logits and no keys.
+    #[test]
+    fn padding_is_nobodys() {
+        const ROWS: usize = 16;
+        let seqs = decoding(&[700, 3, 64]);
+        let sequences = Sequences::new(&seqs);
+        let plans = plan(&SPEC, &seqs, &sequences, Some(ROWS), Splits::Law);
+        let batch = BatchInputs {
+            token_ids: vec![11, 12, 13],
+            positions: vec![700, 3, 64],
+            slots: vec![70, 71, 72],
+            logit_rows: vec![0, 1, 2],
+            seqs,
+        };
+        let item_words = plans.iter().map(|p| p.words.len()).sum();
+        let layout = Layout::new(ROWS, ROWS, ROWS + 1, item_words, sequences.tables.len());
+        let mut words = vec![7; layout.end];
+        fill(&mut words, [ROWS, ROWS], &batch, &layout, &sequences, &plans);
+        for (at, given, padding) in [
+            (0, &batch.token_ids, NOBODY),
+            (layout.positions, &batch.positions, 0),
+            (layout.slots, &batch.slots, NOBODY),
+            (layout.logit_rows, &batch.logit_rows, NOBODY),
+        ] {
+            let (used, rest) = words[at..at + ROWS].split_at(given.len());
+            assert_eq!(used, given);
+            assert!(rest.iter().all(|word| *word == padding), "{rest:?} at {at}");
+        }
+        let (_, empty) = words[layout.seqs..layout.items].split_at(sequences.words.len());
+        assert!(empty.len() == 4 * (ROWS + 1 - 3) && empty.iter().all(|word| *word == 0), "{empty:?}");
+        let items = words[layout.items..layout.items + 4 * ROWS].chunks(4);
+        assert_eq!(items.filter(|item| item[0] == ROWS as u32).count(), ROWS - 3);
+        assert_eq!(words[layout.tables..], sequences.tables);
     }
 
     #[test]
