@@ -58,14 +58,14 @@ impl Gpu {
     /// The output's bytes; they and the rows past the last one are poisoned before, and those must stay so.
     fn run(&self, spec: LinearSpec, variant: Variant, x: &Buffer, w: &Buffer, rows: usize) -> Vec<u8> {
         let mut out = self.read(&self.launch(spec, variant, x, w, rows));
-        let rest = out.split_off(rows * spec.outputs() * width(&spec));
+        let rest = out.split_off(rows * spec.outputs() * spec.output_bytes());
         assert!(rest.iter().all(|b| *b == 0xff), "{variant:?} wrote past {rows} rows of {spec:?}");
         out
     }
 
     /// The output, with three rows of poison behind it.
     fn launch(&self, spec: LinearSpec, variant: Variant, x: &Buffer, w: &Buffer, rows: usize) -> Buffer {
-        let y = self.poisoned((rows + 3) * spec.outputs() * width(&spec));
+        let y = self.poisoned((rows + 3) * spec.outputs() * spec.output_bytes());
         let linear = Linear::new(&self.device, &self.jit, spec, variant).expect("a kernel");
         let call = linear.call(x, w, 0, &y, rows, Overlap::None).expect("a plan");
         call.launch(&self.stream).expect("launch");
@@ -73,11 +73,6 @@ impl Gpu {
         self.stream.synchronize().expect("a kernel that ran");
         y
     }
-}
-
-/// Bytes of an output.
-fn width(spec: &LinearSpec) -> usize {
-    if spec.output == Output::F32 { 4 } else { 2 }
 }
 
 fn variants(spec: &LinearSpec, rows: usize) -> Vec<Variant> {
@@ -344,7 +339,7 @@ fn anchors_equal_the_references(chosen: impl Fn(usize) -> bool) {
             let launch = |variant| gpu.launch(spec, variant, &x, &on_gpu, rows);
             let (got, expected) = (launch(plan(&spec, rows, gpu.device.sms())), launch(Variant::Reference));
             let written = rows * spec.outputs();
-            let [differing, unwritten] = compare.run(&gpu, &got, &expected, width(&spec), written);
+            let [differing, unwritten] = compare.run(&gpu, &got, &expected, spec.output_bytes(), written);
             assert_eq!(
                 (differing, unwritten),
                 (0, 0),
@@ -435,7 +430,7 @@ impl Sample {
 
     /// Compares the outputs `y` of the first `rows` rows.
     fn check(&self, gpu: &Gpu, spec: &LinearSpec, y: &Buffer, rows: usize) {
-        let width = width(spec);
+        let width = spec.output_bytes();
         let mut line = vec![0; spec.outputs() * width];
         for (row, expected) in self.rows.iter().zip(&self.expected).filter(|(row, _)| **row < rows) {
             y.read(&gpu.stream, row * line.len(), &mut line).expect("a kernel that ran");

@@ -28,7 +28,7 @@ fn open(gpu: &Gpu, choice: Choice) -> Linears {
 
 /// Bytes of `rows` output rows.
 fn size(spec: &LinearSpec, rows: usize) -> usize {
-    rows * spec.n * if spec.output == Output::F32 { 4 } else { 2 }
+    rows * spec.n * spec.output_bytes()
 }
 
 fn values(spec: &LinearSpec, data: &[u8]) -> Vec<f32> {

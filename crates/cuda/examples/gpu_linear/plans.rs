@@ -61,7 +61,7 @@ impl Group {
 
 /// Bytes of an output row.
 pub fn row_bytes(spec: &LinearSpec) -> usize {
-    spec.outputs() * if spec.output == Output::F32 { 4 } else { 2 }
+    spec.outputs() * spec.output_bytes()
 }
 
 /// Every layer with what [`plan`] picks on a card of `sms` multiprocessors; most rows of logits are 512.

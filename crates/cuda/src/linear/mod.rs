@@ -79,8 +79,8 @@ impl LinearSpec {
         if self.output == Output::SiluMul { self.n / 2 } else { self.n }
     }
 
-    /// Bytes of an output.
-    pub(crate) fn output_bytes(&self) -> usize {
+    /// Bytes of an element of an output row.
+    pub fn output_bytes(&self) -> usize {
         match self.output {
             Output::Bf16 | Output::SiluMul => 2,
             Output::F32 => 4,
@@ -164,7 +164,7 @@ pub struct Linear {
     device: Device,
 }
 
-/// A launch with its arguments encoded; addresses are fixed, so it can be captured and replayed.
+/// A launch with its arguments encoded, over buffers that it borrows. A captured graph borrows nothing: who replays it keeps them.
 pub struct LinearCall<'a> {
     linear: &'a Linear,
     launch: Launch,
@@ -195,15 +195,15 @@ impl Linear {
     ///
     /// # Errors
     /// The driver's.
-    pub fn call(
-        &self,
-        x: &Buffer,
-        w: &Buffer,
+    pub fn call<'a>(
+        &'a self,
+        x: &'a Buffer,
+        w: &'a Buffer,
         w_offset: usize,
-        y: &Buffer,
+        y: &'a Buffer,
         tokens: usize,
         overlap: Overlap,
-    ) -> Result<LinearCall<'_>> {
+    ) -> Result<LinearCall<'a>> {
         let LinearSpec { n, k, .. } = self.spec;
         assert!(x.len() >= tokens * k * 2, "x holds {} bytes, {tokens} x {k} needed", x.len());
         assert!(w.len() >= w_offset + n * k * 2, "w holds {} bytes, {n} x {k} needed", w.len());
@@ -285,7 +285,7 @@ impl LinearCall<'_> {
                 vec![Arg::Map(x), Arg::Map(w), Arg::Map(map), Arg::Ptr(*y), Arg::I32(*tokens as i32)]
             }
         };
-        // SAFETY: the arguments are those of the kernels' signatures; `call` checked the buffers' sizes.
+        // SAFETY: the arguments are those of the kernels' signatures; `call` checked the buffers' sizes and borrows them.
         unsafe { self.linear.kernel.launch(stream, self.launch, &args) }
     }
 }

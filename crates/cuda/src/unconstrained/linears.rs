@@ -137,14 +137,10 @@ impl Linears {
         rows: usize,
     ) -> Result<()> {
         let LinearSpec { n, k, output, .. } = *spec;
-        let width = match output {
-            Output::Bf16 => 2,
-            Output::F32 => 4,
-            Output::SiluMul => panic!("cuBLASLt does not multiply gates and ups: {spec:?}"),
-        };
+        assert!(output != Output::SiluMul, "cuBLASLt does not multiply gates and ups: {spec:?}");
         assert!(rows > 0 && x.len() >= rows * k * 2, "x holds {} bytes, {rows} x {k} needed", x.len());
         assert!(w.len() >= w_offset + n * k * 2, "w holds {} bytes, {n} x {k} needed", w.len());
-        assert!(y.len() >= rows * n * width, "y holds {} bytes, {rows} x {n} needed", y.len());
+        assert!(y.len() >= rows * n * spec.output_bytes(), "y holds {} bytes, {rows} x {n} needed", y.len());
         let shape = Shape { n, k, rows, output };
         let operands = Operands { w: w.ptr() + w_offset as u64, x: x.ptr(), y: y.ptr() };
         if !self.plans.contains_key(&shape) {
