@@ -324,6 +324,50 @@ fn assert_close(what: &str, batch: &Batch, got: &[u8], expected: &[u8]) {
     }
 }
 
+/// Keys so far below the best that the least weight is theirs (2^-125), beside values that make it show, or that vanish: zeros of one sign.
+#[test]
+#[ignore = "needs an H100 or H200"]
+fn least_weights_and_zeros_equal_the_reference() {
+    let gpu = gpu();
+    let specs = [(4, 2, 64), (4, 2, 128), (16, 1, 128), (2, 1, 256)]
+        .map(|(heads, kv_heads, head_dim)| AttentionSpec { heads, kv_heads, head_dim });
+    gpu.prepare(&sources(&specs));
+    let (mut compared, mut shown, mut zeros) = (0, 0, 0);
+    for spec in specs {
+        let AttentionSpec { kv_heads, head_dim, .. } = spec;
+        for shapes in [vec![(0, 1), (63, 1), (700, 3), (1023, 1)], vec![(0, 300), (500, 140)]] {
+            let mut batch = Batch::new(spec, &shapes, 21);
+            for [q, k, v] in &mut batch.inputs {
+                let first = |i: usize, x: f32| if i.is_multiple_of(head_dim) { x } else { 0.0 };
+                q.iter_mut().enumerate().for_each(|(i, q)| *q = bf16::from_f32(first(i, 8.0)));
+                for (i, (k, v)) in k.iter_mut().zip(v).enumerate() {
+                    let (token, dim) = (i / (kv_heads * head_dim), i % head_dim);
+                    let (score, value) = match token % 7 {
+                        0 => (0.0, 0.0),
+                        // With the scale some 2^-110, then below what is least.
+                        1 => (-76.0 * (head_dim as f32 / 64.0).sqrt(), 2f32.powi(100)),
+                        n => (-90.0 * n as f32 * (head_dim as f32 / 64.0).sqrt(), 2f32.powi(120)),
+                    };
+                    let value = if dim % 3 == 0 { value.min(2f32.powi(-24)) } else { value };
+                    *k = bf16::from_f32(first(i, score));
+                    *v = bf16::from_f32(if (token + dim) % 2 == 0 { value } else { -value });
+                }
+            }
+            let expected = batch.reference(Class::Hopper);
+            shown += expected.iter().filter(|x| x.to_f32() != 0.0).count();
+            zeros += expected.iter().filter(|x| x.to_bits() == 0).count();
+            let (expected, data) = (bytes(&expected), upload(&gpu, &batch));
+            for tiling in tilings(&spec).into_iter().filter(|t| takes(t, &shapes)) {
+                let all: Vec<usize> = (0..shapes.len()).collect();
+                assert_eq!(check(&gpu, &batch, &data, &[(tiling, all)], &expected), None);
+                compared += 1;
+            }
+        }
+    }
+    println!("attention: {compared} runs equal, {shown} outputs of least weights, {zeros} zeros");
+    assert!(shown > 1000 && zeros > 1000);
+}
+
 /// Small enough to run under compute-sanitizer.
 #[test]
 #[ignore = "needs an H100 or H200"]

@@ -127,3 +127,32 @@ fn weights_are_summed_in_four_lanes() {
     }
     assert!(folds > 0 && other_joins > 0, "the test cannot tell the orders: {folds}, {other_joins}");
 }
+
+/// A row whose keys have these scores, and values that are equal in all elements.
+fn of_scores(class: Class, keys: &[(f32, f32)]) -> bf16 {
+    let desc = AttnDesc { scale_log2: 1.0, ..desc(1, 1, 64) };
+    let first = |x: f32| [vec![bf16::from_f32(x)], vec![bf16::ZERO; 63]].concat();
+    let k: Vec<bf16> = keys.iter().flat_map(|(score, _)| first(*score)).collect();
+    let v: Vec<bf16> = keys.iter().flat_map(|(_, value)| [bf16::from_f32(*value); 64]).collect();
+    attention(class, desc, keys.len() - 1, &first(1.0), &k, &v)[5]
+}
+
+#[test]
+fn no_weight_is_below_2_to_the_minus_125() {
+    for class in [Class::Portable, Class::Hopper] {
+        for far in [-125.0, -126.0, -1000.0] {
+            assert_eq!(
+                of_scores(class, &[(0.0, 0.0), (far, 2f32.powi(120))]).to_f32(),
+                2f32.powi(-5),
+                "{far}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_zero_output_is_positive() {
+    // -2^-149, the smallest there is, divided among two.
+    let keys = [(0.0, 0.0), (0.0, 0.0), (-125.0, -(2f32.powi(-24)))];
+    assert_eq!(of_scores(Class::Hopper, &keys).to_bits(), 0);
+}
