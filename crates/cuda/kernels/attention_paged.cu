@@ -1,10 +1,8 @@
 // Causal grouped-query attention over the paged cache in the hopper order (NUMERICS.md), on mma.sync m16n8k16, which has wgmma's bits.
 //
-// A CTA works on one item: up to ROWS query rows of one sequence and one key/value head, a row being a (token, head of the
-// group) pair, token-major. A producer warp streams tiles of 64 keys, K then V, into a ring of SLOTS by bulk copies: a
-// block of the cache is [kv head][K, V][D / 64][64 tokens][64 elements] in the 128-byte swizzle, what ldmatrix and wgmma
-// read without conflicts. ROW_WARPS x DIM_WARPS consumer warps: each computes the scores of its 16 rows and a slice of D of the output,
-// so no data crosses warps; scores are computed DIM_WARPS times over.
+// A CTA works on one item of up to ROWS rows (attention.cuh). A producer warp streams tiles into a ring (attention_ring.cuh) for ROW_WARPS x
+// DIM_WARPS consumer warps: each computes the scores of its 16 rows and a slice of D of the output, so no data crosses warps; scores are
+// computed DIM_WARPS times over.
 //
 // SPLIT 1: a CTA takes one split of 512 keys, and the last one of an item to arrive folds the partial results, always in ascending order.
 // SPLIT 0: it takes all of them, one after the other; the fold so far lies in shared memory.

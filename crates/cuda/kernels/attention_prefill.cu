@@ -1,8 +1,7 @@
 // Prefill: causal grouped-query attention over the paged cache in the hopper order (NUMERICS.md), on wgmma. The bits of attention_paged.cu.
 //
-// A block works on one item of 128 query rows of one sequence and one key/value head, a row being a (token, head of the group) pair, token-major;
-// two consumer warpgroups own 64 rows each, queries in registers. A producer warp streams tiles of 64 keys, K then V, into a ring of SLOTS by bulk copies: a block
-// of the cache is [kv head][K, V][D / 64][64 tokens][64 elements] in the 128-byte swizzle, which is wgmma's: K is a K-major operand, V a transposed one.
+// A block works on one item of 128 rows (attention.cuh): two consumer warpgroups own 64 each, queries in registers. A producer warp streams
+// tiles into a ring (attention_ring.cuh), whose swizzle is wgmma's: K is a K-major operand, V a transposed one.
 //
 // A consumer's turn: the scores of tile j + 1 are queued behind the output of tile j - 1, and softmax of j runs while both are under way. The
 // tiles that causality cuts come last; there only the output of j - 1 is. The fold of the splits so far lies in shared memory.

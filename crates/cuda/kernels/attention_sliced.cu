@@ -1,11 +1,11 @@
 // Few rows in all: causal grouped-query attention over the paged cache in the hopper order (NUMERICS.md). The bits of attention_paged.cu.
 //
-// SLICES blocks work on one split of 512 keys of one item: up to ROWS query rows of one sequence and one key/value head. Nothing goes through a
-// ring: each block asks for all that it needs at once, before the kernel ahead has ended where that wrote none of it. It has an equal slice of
-// the values' elements and, with PEERS 1, all keys; with PEERS = SLICES a cluster of them shares the keys out by tiles and sends
-// scores round. Each does the whole softmax, whose running maximum is then over eight known values, and its slice of the output,
-// one chain of products from the first key to the last, as the order wants it. Keys and values are the tensor core's rows, queries
-// its columns: it takes products of either side alike. The code is short on purpose: what runs once is as slow as it is fetched.
+// SLICES blocks work on one split of 512 keys of one item of up to ROWS rows (attention.cuh). Nothing goes through a ring: each block asks
+// for all that it needs at once, before the kernel ahead has ended where that wrote none of it. It has an equal slice of the values'
+// elements and, with PEERS 1, all keys; with PEERS = SLICES a cluster of them shares the keys out by tiles and sends scores round. Each
+// does the whole softmax, whose running maximum is then over eight known values, and its slice of the output, one chain of products from
+// the first key to the last, as the order wants it. Keys and values are the tensor core's rows, queries its columns: it takes products of
+// either side alike. The code is short on purpose: what runs once is as slow as it is fetched.
 //
 // JOINED > 1: so many splits share a cluster, no item of the launch has more, and they fold through distributed shared memory.
 // JOINED 1: the last block of an item's slice to arrive folds the splits. Always in ascending order.

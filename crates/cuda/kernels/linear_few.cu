@@ -1,4 +1,4 @@
-// Linear for few tokens (1 to 16): Y[M, N] = X[M, K] W[N, K]^T in the hopper order, on 16-row mma.sync tiles, which have wgmma's bits and
+// Linear for few tokens (up to 16): Y[M, N] = X[M, K] W[N, K]^T in the hopper order, on 16-row mma.sync tiles, which have wgmma's bits and
 // are small enough to keep every multiprocessor streaming weights.
 //
 // One warp a (tile of 16 outputs, leaf); TILES tiles a CTA, persistent over N. Weights come by TMA boxes of 16 rows x 64 k

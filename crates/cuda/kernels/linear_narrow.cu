@@ -1,4 +1,4 @@
-// Linear for some tokens (16 to a few hundred): Y[M, N] = X[M, K] W[N, K]^T in the hopper order, as in linear_wide.cu, with the weights
+// Linear for some tokens (up to some 200): Y[M, N] = X[M, K] W[N, K]^T in the hopper order, as in linear_wide.cu, with the weights
 // on the 64-row side of the tensor core and the tokens on its n = TB side.
 //
 // A cluster of KSPLIT CTAs computes one tile of 64 * WGS outputs x TB tokens; each CTA has an equal run of leaves, and

@@ -1,6 +1,6 @@
 // Splits a row of qkv into heads, one warp a head: RMSNorm of query and key heads (QK_NORM), rotation of their first ROT elements, queries
 // to q_out, keys and values to the row's slot of the cache (block * 64 + token; a slot of ~0 stores nothing: padding of a
-// captured batch). Layout of the cache: attention_paged.cu. A block takes `share` neighbouring rows, one after the other.
+// captured batch). Layout of the cache: attention_ring.cuh. A block takes `share` neighbouring rows, one after the other.
 //
 // Macros: D HEADS KV_HEADS ROT QK_NORM UNIT_OFFSET
 #define PER_LANE (D / 32)
