@@ -83,6 +83,13 @@ fn what_an_h100_answered_is_derived_here() {
             assert_eq!(report.difference, None, "{model}");
             assert_eq!((report.positions, report.choices), (64, 64), "{model}");
         }
+        // The lowest bit of one of its logprobs.
+        let mut changed = transcripts[..1].to_vec();
+        let logprob = &mut changed[0].samples[0].logprobs[45].logprob;
+        *logprob = f32::from_bits(logprob.to_bits() ^ 1);
+        let report = verify_all(&args, &changed, &VerifyOptions::default()).remove(0);
+        let difference = report.difference.expect("a flipped bit");
+        assert_eq!(difference.position, changed[0].prompt_token_ids.len() + 45, "{model}");
     }
 }
 
