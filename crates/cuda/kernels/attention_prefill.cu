@@ -32,8 +32,6 @@ template <int TRANSPOSED> __device__ __forceinline__ void wgmma_rs(float (&d)[64
 }
 #endif
 
-// Descriptor of V: 16 keys x D elements from `addr` on, slabs of 64 elements, 8 keys every 1024 bytes.
-__device__ __forceinline__ u64 value_desc(u32 addr) { return (u64)((addr & 0x3FFFF) >> 4) | ((u64)(SLAB >> 4) << 16) | ((u64)64 << 32) | ((u64)1 << 62); }
 __device__ __forceinline__ void smem_store16(u32 addr, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -187,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             async_proxy_fence();
             asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
         }
-        const u64 desc = value_desc(v);
+        const u64 desc = wgmma_desc_slabs(v, SLAB);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < 4; c++) wgmma_rs<1>(o, p[c], desc + c * (16 * 128 >> 4), c > 0 || tile % SPLIT_TILES != 0);

@@ -83,6 +83,7 @@ __device__ __forceinline__ float4 cluster_load4(u32 addr, u32 rank) {
 }
 
 // ---- TMA ----
+// Hints for the second-level cache, as createpolicy encodes them for all of a copy.
 #define CACHE_EVICT_FIRST 0x12F0000000000000ull
 #define CACHE_EVICT_NORMAL 0x1000000000000000ull
 #define CACHE_EVICT_LAST 0x14F0000000000000ull
@@ -143,8 +144,11 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Descriptor of a K-major operand tile with rows of 128 bytes in the 128-byte swizzle; `addr` is 1024-byte aligned
-// (plus 32 bytes for each 16-chunk of k).
-__device__ __forceinline__ u64 wgmma_desc(u32 addr) {
-    return (u64)((addr & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)64 << 32) | ((u64)1 << 62);
+// Descriptor of an operand tile in the 128-byte swizzle: eight rows of 128 bytes every 1024 bytes; addresses in units of 16 bytes.
+// `leading`: bytes from one slab of 64 elements to the next, for tiles whose rows are not K.
+__device__ __forceinline__ u64 wgmma_desc_slabs(u32 addr, u32 leading) {
+    const u64 swizzle_128 = 1;
+    return (u64)((addr & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | swizzle_128 << 62;
 }
+// Of a K-major tile with rows of 128 bytes, which has no leading offset; `addr` is 1024-byte aligned (plus 32 bytes for each 16-chunk of k).
+__device__ __forceinline__ u64 wgmma_desc(u32 addr) { return wgmma_desc_slabs(addr, 16); }

@@ -20,6 +20,9 @@ use crate::{CudaError, Result};
 /// The only architecture that kernels are run on so far.
 pub const ARCH: &str = "sm_90a";
 
+/// Shared memory that a block may use there, bytes.
+pub(crate) const SMEM_LIMIT: usize = 232_448;
+
 const PRELUDE: &str = include_str!("../kernels/prelude.cuh");
 const FLAGS: [&str; 3] = ["--std=c++17", "-default-device", "-fmad=false"];
 

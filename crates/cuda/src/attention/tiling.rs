@@ -1,5 +1,5 @@
 use super::{AttentionSpec, BLOCK_TOKENS};
-use crate::jit::KernelSource;
+use crate::jit::{KernelSource, SMEM_LIMIT};
 use crate::rows::MATH;
 
 const SHARED: &str = include_str!("../../kernels/attention.cuh");
@@ -8,8 +8,10 @@ const PAGED: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/attenti
 const SLICED: &[&str] = &[MATH, SHARED, include_str!("../../kernels/attention_sliced.cu")];
 const PREFILL: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/attention_prefill.cu")];
 
-/// Shared memory that a block may use on sm_90, bytes.
-const SMEM_LIMIT: usize = 232_448;
+/// What the ring of each of two blocks may take that share a multiprocessor, bytes.
+const HALF_RING: usize = 110_000;
+/// The same beside the fold of a block that takes whole rows, bytes.
+const HALF_RING_AND_FOLD: usize = 96_000;
 /// Rows of a prefill block.
 const PREFILL_ROWS: usize = 128;
 /// Elements of the output that a block of a cluster may have: 16 for each of up to four warps.
@@ -102,7 +104,7 @@ impl Tiling {
 
     /// As [`decode`](Self::decode), with all splits of a row in one block: no partial results, for steps that would have too many.
     pub fn decode_whole(spec: &AttentionSpec) -> Self {
-        let slots = (96_000 / (128 * spec.head_dim)).clamp(2, 16);
+        let slots = HALF_RING_AND_FOLD / tile_bytes(spec);
         Self::Paged(Paged { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share: Share::Whole })
     }
 
@@ -174,7 +176,8 @@ impl Tiling {
 
     /// Dynamic shared memory of a block; panics if a block cannot have so much.
     pub fn smem_bytes(&self, spec: &AttentionSpec) -> usize {
-        let ring = |slots: usize| slots * (BLOCK_TOKENS * spec.head_dim * 2 + 16);
+        // A slot has two barriers.
+        let ring = |slots: usize| slots * (tile_bytes(spec) + 16);
         let fold = if self.is_whole() { self.rows() * spec.head_dim * 4 } else { 0 };
         let bytes = match self {
             Self::Paged(paged) => ring(paged.slots) + fold,
@@ -202,11 +205,16 @@ impl Tiling {
 
 type Macros = Vec<(&'static str, usize)>;
 
+/// Bytes of a ring slot: keys or values of a tile.
+fn tile_bytes(spec: &AttentionSpec) -> usize {
+    BLOCK_TOKENS * spec.head_dim * 2
+}
+
 impl Paged {
     fn decode(spec: &AttentionSpec) -> Self {
         let share = if spec.group() <= 8 { Share::HalfSplit } else { Share::Split };
-        // Two blocks a multiprocessor, with as much of the cache on its way as shared memory holds.
-        let slots = (110_000 / (128 * spec.head_dim)).min(16);
+        // As much of the cache is on its way as shared memory holds.
+        let slots = HALF_RING / tile_bytes(spec);
         Self { row_warps: 1, dim_warps: 4, slots, min_ctas: 2, share }
     }
 

@@ -10,7 +10,7 @@ use crate::Result;
 use crate::driver::{
     Arg, Buffer, Device, Kernel, Launch, Overlap, Stream, TensorMap, TensorMapDesc, TensorMapElement,
 };
-use crate::jit::{Jit, KernelSource};
+use crate::jit::{Jit, KernelSource, SMEM_LIMIT};
 use crate::rows::MATH;
 
 mod few;
@@ -29,9 +29,6 @@ const REFERENCE: &[&str] = &[MATH, SHARED, include_str!("../../kernels/linear_re
 const FEW: &[&str] = &[SHARED, include_str!("../../kernels/linear_few.cu")];
 const NARROW: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/linear_narrow.cu")];
 const WIDE: &[&str] = &[MATH, SHARED, RING, include_str!("../../kernels/linear_wide.cu")];
-
-/// Shared memory that a block may use on sm_90, bytes.
-const SMEM_LIMIT: usize = 232_448;
 
 /// What fixes the bits of a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
