@@ -45,7 +45,7 @@ pub use llm::LLM;
 pub use output::{
     CompletionOutput, FinishReason, Logprob, Metrics, PositionLogprobs, RequestOutput, Sampling, StopReason,
 };
-pub use params::SamplingParams;
+pub use params::{Prepared, SamplingParams};
 pub use request::{Prompt, Request, Stream};
 pub use selfcheck::{SelfCheck, SelfCheckFinding, selfcheck};
 pub use start::settle_device;

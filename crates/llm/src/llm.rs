@@ -13,7 +13,7 @@ use crate::fetch::Progress;
 use crate::fleet::Fleet;
 use crate::load;
 use crate::output::RequestOutput;
-use crate::params::{Limits, SamplingParams};
+use crate::params::{Limits, Prepared, SamplingParams};
 use crate::request::{Prompt, Request, Stream};
 use crate::structured::{Grammars, Structured};
 
@@ -165,23 +165,54 @@ impl LLM {
         request: Request,
         sink: Box<dyn FnMut(Event) + Send>,
     ) -> Result<(Assembler, RequestGuard)> {
-        let number = self.next_id.fetch_add(1, Ordering::Relaxed).to_string();
         let Request { id, prompt, params, data_parallel_rank } = request;
-        let info = self.fleet.info();
+        let prepared = self.prepare(&params)?;
+        self.submit(id, prompt, &prepared, data_parallel_rank, sink)
+    }
+
+    /// Checks parameters and makes of them what engines and assemblers take: once for all prompts that have them, as bad
+    /// words are encoded and stop texts compiled here.
+    pub fn prepare(&self, params: &SamplingParams) -> Result<Prepared> {
         let limits = Limits {
             defaults: &self.generation,
             tokenizer: self.tokenizer.as_ref(),
             grammars: &self.grammars,
-            vocab_size: info.vocab_size,
+            vocab_size: self.info().vocab_size,
         };
         let (sampling, text) = params.lower(&limits)?;
+        Ok(Prepared {
+            sampling,
+            text,
+            keep_tokens: params.truncate_prompt_tokens.map_or(usize::MAX, |keep| keep as usize),
+            priority: params.priority,
+            cache_salt: params.cache_salt.clone(),
+        })
+    }
+
+    /// [`submit_with`](Self::submit_with) for a prompt of token ids and parameters that are ready.
+    pub fn submit_prepared(
+        &self,
+        prompt_token_ids: Vec<u32>,
+        prepared: &Prepared,
+        data_parallel_rank: Option<usize>,
+        sink: Box<dyn FnMut(Event) + Send>,
+    ) -> Result<(Assembler, RequestGuard)> {
+        self.submit(None, Prompt::Tokens(prompt_token_ids), prepared, data_parallel_rank, sink)
+    }
+
+    fn submit(
+        &self,
+        id: Option<String>,
+        prompt: Prompt,
+        prepared: &Prepared,
+        data_parallel_rank: Option<usize>,
+        sink: Box<dyn FnMut(Event) + Send>,
+    ) -> Result<(Assembler, RequestGuard)> {
+        let number = self.next_id.fetch_add(1, Ordering::Relaxed).to_string();
+        let info = self.fleet.info();
+        let Prepared { sampling, text, keep_tokens, priority, cache_salt } = prepared.clone();
         let (prompt_text, mut prompt_token_ids) = self.encode(prompt)?;
-        if let Some(keep) = params.truncate_prompt_tokens {
-            if keep == 0 {
-                return Err(Error::invalid("truncate_prompt_tokens", "must be at least 1"));
-            }
-            prompt_token_ids.drain(..prompt_token_ids.len().saturating_sub(keep as usize));
-        }
+        prompt_token_ids.drain(..prompt_token_ids.len().saturating_sub(keep_tokens));
         let assembler = Assembler::new(Setup {
             request_id: id.unwrap_or_else(|| number.clone()),
             prompt: prompt_text,
@@ -193,13 +224,7 @@ impl LLM {
             tokenizer: self.tokenizer.clone(),
             system_fingerprint: info.fingerprint.clone(),
         });
-        let request = EngineRequest {
-            id: number,
-            prompt_token_ids,
-            sampling,
-            priority: params.priority,
-            cache_salt: params.cache_salt,
-        };
+        let request = EngineRequest { id: number, prompt_token_ids, sampling, priority, cache_salt };
         Ok((assembler, self.fleet.submit_with(request, data_parallel_rank, sink)?))
     }
 

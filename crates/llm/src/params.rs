@@ -63,7 +63,7 @@ pub struct SamplingParams {
     pub logit_bias: BTreeMap<u32, f32>,
     /// Only these tokens may be chosen.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// At most 1024 texts that may not appear (as the token sequences that they encode to).
+    /// At most 1024 texts that may not appear (as the token sequences that they encode to), of at most 65536 bytes in all.
     pub bad_words: Vec<String>,
     /// Keep only the last so many tokens of the prompt.
     pub truncate_prompt_tokens: Option<u32>,
@@ -71,9 +71,14 @@ pub struct SamplingParams {
     pub structured_outputs: Option<Structured>,
     /// Lower runs first under the priority policy.
     pub priority: i32,
-    /// Separates prefix-cache entries of different tenants.
+    /// Separates prefix-cache entries of different tenants; at most 1024 bytes.
     pub cache_salt: Option<String>,
 }
+
+/// Most bytes of all bad words together: they are encoded, and each prompt of a request has their ids.
+const MAX_BAD_WORD_BYTES: usize = 64 << 10;
+/// Most bytes of a cache salt: each sample has it.
+const MAX_SALT_BYTES: usize = 1024;
 
 impl Default for SamplingParams {
     fn default() -> Self {
@@ -124,6 +129,17 @@ pub(crate) struct TextParams {
     pub keep_stop: bool,
 }
 
+/// Parameters that were checked, ready for as many prompts as there are. See [`crate::LLM::prepare`].
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    pub(crate) sampling: engine::SamplingParams,
+    pub(crate) text: TextParams,
+    /// Of the prompt's last ones.
+    pub(crate) keep_tokens: usize,
+    pub(crate) priority: i32,
+    pub(crate) cache_salt: Option<String>,
+}
+
 /// What the parameters are checked against.
 pub(crate) struct Limits<'a> {
     pub defaults: &'a GenerationConfig,
@@ -141,6 +157,10 @@ impl SamplingParams {
         if !(1..=engine::MAX_SAMPLES).contains(&self.n) {
             let message = format!("must be in [1, {}], got {}", engine::MAX_SAMPLES, self.n);
             return Err(Error::invalid("n", message));
+        }
+        at_most("cache_salt", self.cache_salt.as_ref().map_or(0, String::len), MAX_SALT_BYTES, "bytes")?;
+        if self.truncate_prompt_tokens == Some(0) {
+            return Err(Error::invalid("truncate_prompt_tokens", "must be at least 1"));
         }
         let allowed = self.allowed_token_ids.as_ref().map(|ids| {
             if let Some(id) = ids.iter().find(|id| **id as usize >= limits.vocab_size) {
@@ -193,10 +213,9 @@ impl SamplingParams {
     /// Each bad word at the start of a text and after a space, as vLLM does: the two encode differently.
     fn bad_word_ids(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
         // Before they are encoded; the engine says the same of what they encode to.
-        if self.bad_words.len() > engine::MAX_WORDS {
-            let (limit, got) = (engine::MAX_WORDS, self.bad_words.len());
-            return Err(Error::invalid("bad_words", format!("must have at most {limit} entries, got {got}")));
-        }
+        at_most("bad_words", self.bad_words.len(), engine::MAX_WORDS, "entries")?;
+        let bytes = self.bad_words.iter().map(String::len).sum();
+        at_most("bad_words", bytes, MAX_BAD_WORD_BYTES, "bytes in all")?;
         let mut sequences: Vec<Vec<u32>> = Vec::new();
         for word in &self.bad_words {
             let tokenizer = tokenizer.ok_or(Error::NoTokenizer { what: "bad_words" })?;
@@ -213,6 +232,13 @@ impl SamplingParams {
             }
         }
         Ok(sequences)
+    }
+}
+
+fn at_most(param: &'static str, count: usize, limit: usize, unit: &str) -> Result<()> {
+    match count > limit {
+        true => Err(Error::invalid(param, format!("must have at most {limit} {unit}, got {count}"))),
+        false => Ok(()),
     }
 }
 
@@ -265,7 +291,19 @@ mod tests {
             (SamplingParams { bad_words: vec!["x".into()], ..Default::default() }, "bad_words needs"),
             (
                 SamplingParams { bad_words: vec!["x".into(); 1025], ..Default::default() },
-                "bad_words: must have at most 1024",
+                "bad_words: must have at most 1024 entries, got 1025",
+            ),
+            (
+                SamplingParams { bad_words: vec!["x".repeat(1000); 66], ..Default::default() },
+                "bad_words: must have at most 65536 bytes in all, got 66000",
+            ),
+            (
+                SamplingParams { cache_salt: Some("x".repeat(1025)), ..Default::default() },
+                "cache_salt: must have at most 1024 bytes, got 1025",
+            ),
+            (
+                SamplingParams { truncate_prompt_tokens: Some(0), ..Default::default() },
+                "truncate_prompt_tokens: must be at least 1",
             ),
             (
                 SamplingParams { structured_outputs: Some(Structured::JsonObject), ..Default::default() },

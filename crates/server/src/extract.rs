@@ -57,12 +57,13 @@ impl Bodies {
     async fn read(&self, body: Body) -> Result<JsonBody, ApiError> {
         let announced = body.size_hint().exact().map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
         let mut share = match announced {
+            Some(bytes) if bytes > MAX_BODY_BYTES => return Err(too_large()),
             Some(bytes) if bytes > LONG_BODY_BYTES => Some(self.share(bytes).await?),
             _ => None,
         };
         let mut deadline = Instant::now() + BODY_TIMEOUT;
         let mut body = Limited::new(body, MAX_BODY_BYTES);
-        let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(MAX_BODY_BYTES));
+        let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
         while let Some(frame) = timeout_at(deadline, body.frame()).await.map_err(|_| too_slow())? {
             let Ok(data) = frame.map_err(unread)?.into_data() else { continue };
             if share.is_none() && bytes.len() + data.len() > LONG_BODY_BYTES {
@@ -81,10 +82,13 @@ fn too_slow() -> ApiError {
     ApiError::new(ErrorKind::TooSlow, "the body did not arrive in time")
 }
 
+fn too_large() -> ApiError {
+    ApiError::new(ErrorKind::TooLarge, format!("the body is larger than {MAX_BODY_BYTES} bytes"))
+}
+
 fn unread(error: Box<dyn std::error::Error + Send + Sync>) -> ApiError {
     if error.downcast_ref::<LengthLimitError>().is_some() {
-        let message = format!("the body is larger than {MAX_BODY_BYTES} bytes");
-        return ApiError::new(ErrorKind::TooLarge, message);
+        return too_large();
     }
     ApiError::new(ErrorKind::Malformed, format!("the body could not be read: {error}"))
 }
@@ -232,6 +236,10 @@ mod tests {
             assert!(hurried.read(body(LONG_BODY_BYTES + 1)).await.is_err());
             drop(share);
             assert!(hurried.read(body(LONG_BODY_BYTES + 1)).await.is_ok());
+
+            // Nobody has to send what will not be read.
+            let refused = hurried.read(body(MAX_BODY_BYTES + 1)).await.err().unwrap();
+            assert_eq!(refused.kind, ErrorKind::TooLarge);
 
             let patient = bodies(3600);
             let held = patient.read(body(LONG_BODY_BYTES + 1)).await.unwrap();

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use bitfast_llm::{
-    Assembler, Chunk, Event, Prompt, Request, RequestGuard, RequestOutput, SamplingParams, Step,
-};
+use bitfast_llm::{Assembler, Chunk, Event, RequestGuard, RequestOutput, SamplingParams, Step};
 use bytes::Bytes;
 use futures_core::Stream;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -54,21 +52,15 @@ impl Running {
     /// Submits every prompt; a refusal of one takes the others back.
     pub fn start(state: &Arc<AppState>, job: Job) -> Result<Self, ApiError> {
         let admitted = state.admit()?;
-        let limit = state.llm.info().config.max_queued;
-        if job.prompts.len() > limit {
-            let message =
-                format!("prompt: {} prompts, but only {limit} requests may wait", job.prompts.len());
-            return Err(ApiError::invalid("prompt", message));
-        }
+        let prepared = state.llm.prepare(&job.params)?;
         // Unbounded: the engine bounds the events of a request, and it must never wait for a reader.
         let (sender, events) = unbounded_channel();
         let mut parts = Vec::with_capacity(job.prompts.len());
         for (index, prompt) in job.prompts.into_iter().enumerate() {
             let sender = sender.clone();
             let sink = Box::new(move |event| drop(sender.send((index, event, Instant::now()))));
-            let mut request = Request::new(Prompt::Tokens(prompt), job.params.clone());
-            request.data_parallel_rank = job.rank;
-            let submitted = state.llm.submit_with(request, sink).map_err(ApiError::from);
+            let submitted = state.llm.submit_prepared(prompt, &prepared, job.rank, sink);
+            let submitted = submitted.map_err(ApiError::from);
             let (assembler, guard) =
                 submitted.map_err(|error| error.renamed("data_parallel_rank", "X-data-parallel-rank"))?;
             let times = RequestTimes::new(guard.rank());

@@ -67,6 +67,11 @@ pub(crate) async fn encode(
     form: PromptForm,
     add_special: bool,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
+    let (count, limit) = (form.count(), state.llm.info().config.max_queued);
+    if count > limit {
+        let message = format!("prompt: {count} prompts, but only {limit} requests may wait");
+        return Err(ApiError::invalid("prompt", message));
+    }
     let texts = match form {
         PromptForm::Tokens(ids) => return Ok(vec![ids]),
         PromptForm::TokenLists(lists) if lists.is_empty() => {

@@ -119,6 +119,35 @@ fn long_bodies_have_a_common_limit_and_short_ones_pass() {
 }
 
 #[test]
+fn what_every_prompt_sample_or_event_has_is_short() {
+    let config = EngineConfig { max_queued: 64, ..EngineConfig::default() };
+    let server = Running::start(fake(&Levers::default(), config), |_| ());
+    let s = server.client;
+    let long = |bytes: usize| "1".repeat(bytes);
+    for (param, value) in [
+        ("bad_words", json!([long(65_537)])),
+        ("bad_words", json!(vec![long(1000); 66])),
+        ("cache_salt", json!(long(1025))),
+        ("request_id", json!(long(257))),
+        ("prompt", json!(vec!["1"; 65])),
+        ("prompt", json!(vec![[1]; 65])),
+    ] {
+        let mut body = json!({ "prompt": [1], "max_tokens": 1 });
+        body[param] = value;
+        assert_eq!(s.post("/v1/completions", &body).refused(), (400, Some(param.into())));
+        if param != "prompt" {
+            body["messages"] = json!([{ "role": "user", "content": "q" }]);
+            assert_eq!(s.post("/v1/chat/completions", &body).refused(), (400, Some(param.into())));
+        }
+    }
+    let most = json!({
+        "prompt": vec!["1"; 8], "max_tokens": 1, "bad_words": vec![long(640); 100], "cache_salt": long(1024),
+        "request_id": long(256),
+    });
+    assert_eq!(s.post("/v1/completions", &most).ok()["choices"].as_array().unwrap().len(), 8);
+}
+
+#[test]
 fn a_slow_reader_stalls_nobody_and_gets_everything() {
     let server = fake_server(&Levers::default());
     let s = server.client;

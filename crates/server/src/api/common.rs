@@ -7,6 +7,9 @@ use utoipa::ToSchema;
 
 use crate::error::ApiError;
 
+/// Most bytes of a request's own id.
+const MAX_ID_BYTES: usize = 256;
+
 /// Fields that completions and chats share. Absent and null mean the default: the user's value wins, then the
 /// model's `generation_config.json`, then OpenAI's. Unknown fields are ignored, as clients send many.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -59,7 +62,7 @@ pub(crate) struct CommonFields {
     pub logit_bias: Option<BTreeMap<u32, f32>>,
     /// Only these tokens may be chosen.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// Texts that may not appear.
+    /// Texts that may not appear: at most 1024, of at most 65536 bytes in all.
     pub bad_words: Option<Vec<String>>,
     /// Keep only the last so many tokens of the prompt; -1: as many as fit.
     #[schema(minimum = -1)]
@@ -72,9 +75,9 @@ pub(crate) struct CommonFields {
     pub structured_outputs: Option<Value>,
     /// Lower runs first under the priority policy.
     pub priority: Option<i32>,
-    /// Becomes part of the answer's id.
+    /// Becomes part of the answer's id; at most 256 bytes.
     pub request_id: Option<String>,
-    /// Separates prefix-cache entries of different tenants.
+    /// Separates prefix-cache entries of different tenants; at most 1024 bytes.
     pub cache_salt: Option<String>,
     /// Show the ids of prompt and answer.
     pub return_token_ids: Option<bool>,
@@ -181,6 +184,19 @@ impl CommonFields {
             cache_salt: self.cache_salt.clone(),
             ..SamplingParams::default()
         })
+    }
+
+    /// The answer's id: the one that was asked for, else `new`'s.
+    pub fn answer_id(&self, prefix: &str, new: impl FnOnce(&str) -> String) -> Result<String, ApiError> {
+        match &self.request_id {
+            None => Ok(new(prefix)),
+            // Every event of a stream has it.
+            Some(id) if id.len() > MAX_ID_BYTES => {
+                let message = format!("request_id: must have at most {MAX_ID_BYTES} bytes, got {}", id.len());
+                Err(ApiError::invalid("request_id", message))
+            }
+            Some(id) => Ok(format!("{prefix}{id}")),
+        }
     }
 
     /// Whether to stream, and how.

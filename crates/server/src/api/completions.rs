@@ -46,6 +46,15 @@ pub(crate) enum PromptForm {
 }
 
 impl PromptForm {
+    /// Prompts.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Text(_) | Self::Tokens(_) => 1,
+            Self::Texts(texts) => texts.len(),
+            Self::TokenLists(lists) => lists.len(),
+        }
+    }
+
     /// Reads it straight into its form. Serde's own way to try one form after the other would first keep a copy of the
     /// whole, which takes up to fifty bytes of memory for each byte of a long list.
     pub fn read<'de, D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {

@@ -34,9 +34,8 @@ impl ChatForm {
                 return Err(ApiError::invalid("top_logprobs", "top_logprobs: only allowed with logprobs"));
             }
         };
-        let given = common.request_id.as_ref().map(|id| format!("chatcmpl-{id}"));
         Ok(Self {
-            id: given.unwrap_or_else(|| state.new_id("chatcmpl-")),
+            id: common.answer_id("chatcmpl-", |prefix| state.new_id(prefix))?,
             created: unix_seconds(),
             model: state.model_name(common.model.as_deref())?,
             top_logprobs,

@@ -100,7 +100,7 @@ impl Form {
         }
         let model = state.model_name(common.model.as_deref())?;
         Ok(Self {
-            id: common.request_id.as_ref().map_or_else(|| state.new_id("cmpl-"), |id| format!("cmpl-{id}")),
+            id: common.answer_id("cmpl-", |prefix| state.new_id(prefix))?,
             created: unix_seconds(),
             model,
             n: n as usize,
