@@ -1,121 +1,17 @@
 //! Paged attention computes the bits of the CPU reference, under every tiling, for decode, prefill and mixed batches. Needs an H100 or
 //! H200 and NVRTC: `--include-ignored` runs the tests there.
 
-use std::sync::Mutex;
-
-use bitfast_cuda::attention::{
-    Attention, AttentionBatch, AttentionSpec, BLOCK_TOKENS, Cached, Paged, Prefill, Share, Sliced, Tiling,
-    block_bytes, element_offset,
-};
+use bitfast_cuda::attention::{AttentionSpec, BLOCK_TOKENS, Paged, Prefill, Share, Sliced, Tiling};
 use bitfast_cuda::driver::{Buffer, Overlap};
 use bitfast_cuda::jit::KernelSource;
 use bitfast_cuda::rows::{QkvPrep, QkvPrepArgs, QkvPrepSpec};
-use bitfast_ops::{AttnDesc, Class, SeqInput, bf16, reference};
+use bitfast_ops::{Class, bf16};
 
+#[path = "gpu/attention.rs"]
+mod batch;
 mod gpu;
-use gpu::{Compare, Gpu, bytes, compile, exact_gpu, floats, gpu, parallel, uniform, wide, word, words};
-
-/// One batch with all its inputs on the host.
-struct Batch {
-    spec: AttentionSpec,
-    scale_log2: f32,
-    seqs: Vec<SeqInput>,
-    /// Per sequence: `[rows, heads, head_dim]`, `[tokens, kv_heads, head_dim]` twice.
-    inputs: Vec<[Vec<bf16>; 3]>,
-    blocks: usize,
-}
-
-impl Batch {
-    /// `shapes`: (tokens in the cache, rows) of each sequence. Blocks are dealt in a shuffled order, with others between them that belong to
-    /// nobody.
-    fn new(spec: AttentionSpec, shapes: &[(usize, usize)], seed: u64) -> Self {
-        let AttentionSpec { heads, kv_heads, head_dim } = spec;
-        let needed: usize = shapes.iter().map(|(c, r)| (c + r).div_ceil(BLOCK_TOKENS)).sum();
-        let blocks = needed + needed / 3 + 2;
-        let mut free: Vec<u32> = (0..blocks as u32).collect();
-        free.sort_by_key(|b| word(u64::from(*b), seed));
-        let (mut seqs, mut inputs, mut first_row) = (Vec::new(), Vec::new(), 0);
-        for (i, &(context, rows)) in shapes.iter().enumerate() {
-            let (tokens, salt) = (context + rows, seed * 1000 + i as u64 * 3);
-            let block_table = free.split_off(free.len() - tokens.div_ceil(BLOCK_TOKENS));
-            seqs.push(SeqInput {
-                first_row,
-                num_rows: rows as u32,
-                context_len: context as u32,
-                block_table,
-                state_slot: 0,
-            });
-            first_row += rows as u32;
-            let (q, kv) = (rows * heads * head_dim, tokens * kv_heads * head_dim);
-            inputs.push(if i % 2 == 0 {
-                // Scores of a few units: many keys have weight.
-                [uniform(q, salt, 4.0), uniform(kv, salt + 1, 1.5), uniform(kv, salt + 2, 2.0)]
-            } else {
-                [wide(q, salt, -9, 12), wide(kv, salt + 1, -12, 14), wide(kv, salt + 2, -20, 24)]
-            });
-        }
-        let scale_log2 = (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32;
-        Self { spec, scale_log2, seqs, inputs, blocks }
-    }
-
-    fn rows(&self) -> usize {
-        self.seqs.iter().map(|s| s.num_rows as usize).sum()
-    }
-
-    /// The cache: NaN but for the sequences' tokens.
-    fn cache(&self) -> Vec<u8> {
-        let AttentionSpec { kv_heads, head_dim, .. } = self.spec;
-        let mut cache = vec![0xFF; self.blocks * block_bytes(&self.spec)];
-        for (seq, [_, k, v]) in self.seqs.iter().zip(&self.inputs) {
-            for token in 0..(seq.context_len + seq.num_rows) as usize {
-                let slot =
-                    seq.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS + token % BLOCK_TOKENS;
-                for (which, data) in [(Cached::Key, k), (Cached::Value, v)] {
-                    for head in 0..kv_heads {
-                        for dim in 0..head_dim {
-                            let at = element_offset(&self.spec, slot, head, which, dim);
-                            let value = data[(token * kv_heads + head) * head_dim + dim];
-                            cache[at..at + 2].copy_from_slice(&value.to_bits().to_le_bytes());
-                        }
-                    }
-                }
-            }
-        }
-        cache
-    }
-
-    /// `[rows, heads, head_dim]` by the CPU reference.
-    fn reference(&self, class: Class) -> Vec<bf16> {
-        let rows = |(s, seq): (usize, &SeqInput)| (0..seq.num_rows as usize).map(move |row| (s, row));
-        self.reference_of(class, &self.seqs.iter().enumerate().flat_map(rows).collect::<Vec<_>>())
-    }
-
-    /// The same of some rows (sequence, row of it), zeros elsewhere: a task for each row of a key/value head.
-    fn reference_of(&self, class: Class, rows: &[(usize, usize)]) -> Vec<bf16> {
-        let AttentionSpec { heads, kv_heads, head_dim } = self.spec;
-        let group = self.spec.group();
-        let tasks: Vec<_> =
-            rows.iter().flat_map(|(s, row)| (0..kv_heads).map(|head| (*s, head, *row))).collect();
-        let desc = AttnDesc { layer: 0, heads: group, kv_heads: 1, head_dim, scale_log2: self.scale_log2 };
-        let out = Mutex::new(vec![bf16::ZERO; self.rows() * heads * head_dim]);
-        parallel(tasks.len(), |i| {
-            let (s, head, row) = tasks[i];
-            let (seq, [q, k, v]) = (&self.seqs[s], &self.inputs[s]);
-            let position = seq.context_len as usize + row;
-            let of_head = |x: &[bf16]| -> Vec<bf16> {
-                (0..=position)
-                    .flat_map(|t| &x[(t * kv_heads + head) * head_dim..][..head_dim])
-                    .copied()
-                    .collect()
-            };
-            let q = &q[(row * heads + head * group) * head_dim..][..group * head_dim];
-            let result = reference::attention(class, desc, position, q, &of_head(k), &of_head(v));
-            let at = ((seq.first_row as usize + row) * heads + head * group) * head_dim;
-            out.lock().expect("results")[at..at + result.len()].copy_from_slice(&result);
-        });
-        out.into_inner().expect("results")
-    }
-}
+use batch::{Batch, OnGpu, Planned, upload};
+use gpu::{Compare, Gpu, bytes, compile, exact_gpu, floats, gpu, uniform, words};
 
 /// All that plans pick, and others: few and many rows a block, one warp and eight, the smallest ring, slices of all sizes.
 fn tilings(spec: &AttentionSpec) -> Vec<Tiling> {
@@ -150,16 +46,6 @@ fn takes(tiling: &Tiling, shapes: &[(usize, usize)]) -> bool {
     *joined == 1 || shapes.iter().all(|(context, rows)| (context + rows).div_ceil(512) <= *joined)
 }
 
-struct OnGpu {
-    q: Buffer,
-    kv: Buffer,
-}
-
-fn upload(gpu: &Gpu, batch: &Batch) -> OnGpu {
-    let q: Vec<bf16> = batch.inputs.iter().flat_map(|[q, ..]| q).copied().collect();
-    OnGpu { q: gpu.input(&bytes(&q)), kv: gpu.upload(&batch.cache()) }
-}
-
 /// Runs the sequences of `parts` under one tiling each, twice, and compares with `expected`.
 fn check(
     gpu: &Gpu,
@@ -169,21 +55,11 @@ fn check(
     expected: &[u8],
 ) -> Option<String> {
     let out = gpu.poisoned(expected.len() + 4096);
-    let calls: Vec<_> = parts
-        .iter()
-        .map(|(tiling, chosen)| {
-            let attention = Attention::new(&gpu.device, &gpu.jit, batch.spec, *tiling).expect("a kernel");
-            let work = attention.work(&batch.seqs, chosen);
-            (attention, AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory"))
-        })
-        .collect();
+    let calls: Vec<_> =
+        parts.iter().map(|(tiling, chosen)| Planned::new(gpu, batch, *tiling, chosen)).collect();
     for run in 0..2 {
         out.fill(&gpu.stream, 0xFF).expect("poison");
-        for (attention, on_device) in &calls {
-            attention
-                .launch(&gpu.stream, Overlap::None, batch.scale_log2, on_device, &data.q, &data.kv, &out)
-                .expect("launch");
-        }
+        calls.iter().for_each(|call| call.launch(gpu, Overlap::None, data, &out));
         if let Some(difference) = gpu.difference(&out, expected) {
             return Some(format!("{:?} by {parts:?}, run {run}: {difference}", batch.spec));
         }
@@ -281,19 +157,14 @@ fn free_splits_equal_the_reference_at_the_contracts_length_only() {
     let mut moved = 0;
     for (s, spec) in specs().iter().enumerate() {
         let tiling = Tiling::unconstrained(spec);
-        let attention = Attention::new(&gpu.device, &gpu.jit, *spec, tiling).expect("a kernel");
         for (b, shapes) in batches().iter().enumerate() {
             let batch = Batch::new(*spec, shapes, (s * 10 + b) as u64 + 1);
             let expected = bytes(&batch.reference(Class::Hopper));
             let data = upload(&gpu, &batch);
-            let chosen: Vec<usize> = (0..shapes.len()).collect();
             for tiles in [8, 1, 3, 5, 40] {
-                let work = attention.work_in_splits(&batch.seqs, &chosen, tiles);
-                let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
                 let out = gpu.poisoned(expected.len() + 4096);
-                attention
-                    .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
-                    .expect("launch");
+                let planned = Planned::in_splits(&gpu, &batch, tiling, tiles);
+                planned.launch(&gpu, Overlap::None, &data, &out);
                 let what = format!("{spec:?}, batch {b}, splits of {tiles} tiles");
                 if tiles == 8 {
                     gpu.assert_equal(&what, &out, &expected);
@@ -452,11 +323,8 @@ fn anchor_heads_at_every_number_of_tokens() {
 fn run(gpu: &Gpu, batch: &Batch, data: &OnGpu, tiling: Tiling) -> Buffer {
     let row = batch.spec.heads * batch.spec.head_dim * 2;
     let out = gpu.poisoned((batch.rows() + 2) * row);
-    let attention = Attention::new(&gpu.device, &gpu.jit, batch.spec, tiling).expect("a kernel");
-    let work = attention.work(&batch.seqs, &(0..batch.seqs.len()).collect::<Vec<_>>());
-    let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
-    let OnGpu { q, kv } = data;
-    attention.launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, q, kv, &out).expect("launch");
+    let planned = Planned::of_all(gpu, batch, tiling);
+    planned.launch(gpu, Overlap::None, data, &out);
     // Before the kernel is unloaded.
     gpu.stream.synchronize().expect("a kernel that ran");
     out
@@ -486,8 +354,8 @@ fn attention_behind_qkv_prep_equals_the_reference() {
     }
     let prep_spec = QkvPrepSpec { attention: spec, rot_dim: 128, qk_norm: None };
     let prep = QkvPrep::new(&gpu.device, &gpu.jit, prep_spec).expect("a kernel");
-    let kv = gpu.upload(&first.cache());
-    let (q, slots) = (gpu.poisoned(rows * 2048), gpu.upload(&words(&slots)));
+    let data = OnGpu { q: gpu.poisoned(rows * 2048), kv: gpu.upload(&first.cache()) };
+    let slots = gpu.upload(&words(&slots));
     // A rotation by nothing.
     let (cos, sin) = (gpu.upload(&floats(&[1.0; 64])), gpu.upload(&floats(&[0.0; 64])));
     let positions = gpu.upload(&words(&vec![0; rows]));
@@ -502,18 +370,15 @@ fn attention_behind_qkv_prep_equals_the_reference() {
         (gpu.upload(&bytes(&qkv)), bytes(&batch.reference(Class::Hopper)), gpu.poisoned(rows * 2048))
     });
     for tiling in Tiling::planned(&spec).into_iter().filter(|t| takes(t, &shapes)) {
-        let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
-        let work = attention.work(&first.seqs, &(0..shapes.len()).collect::<Vec<_>>());
-        let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+        let planned = Planned::of_all(&gpu, &first, tiling);
         for run in 0..50 {
             for (qkv, _, out) in &steps {
-                let (norms, q_out, positions, slots) = (None, &q, &positions, &slots);
-                let args = QkvPrepArgs { qkv, norms, cos: &cos, sin: &sin, positions, slots, kv: &kv, q_out };
+                let (norms, positions, slots) = (None, &positions, &slots);
+                let OnGpu { q: q_out, kv } = &data;
+                let args = QkvPrepArgs { qkv, norms, cos: &cos, sin: &sin, positions, slots, kv, q_out };
                 // SAFETY: all positions are row 0 of the tables; the slots are the batch's.
                 unsafe { prep.launch(&gpu.stream, Overlap::WithPrevious, rows, args) }.expect("launch");
-                attention
-                    .launch(&gpu.stream, Overlap::WithPrevious, first.scale_log2, &on_device, &q, &kv, out)
-                    .expect("launch");
+                planned.launch(&gpu, Overlap::WithPrevious, &data, out);
             }
             for (i, (_, expected, out)) in steps.iter().enumerate() {
                 gpu.assert_equal(&format!("step {i}, run {run}, {tiling:?}"), out, expected);
@@ -537,14 +402,10 @@ fn repeated_launches_are_equal() {
         let data = upload(&gpu, &batch);
         let expected = bytes(&batch.reference(Class::Hopper));
         for tiling in tilings(&spec).into_iter().filter(|t| takes(t, &batches()[shapes])) {
-            let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
-            let work = attention.work(&batch.seqs, &(0..batch.seqs.len()).collect::<Vec<_>>());
-            let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
+            let planned = Planned::of_all(&gpu, &batch, tiling);
             let out = gpu.poisoned(expected.len());
             for run in 0..LAUNCHES {
-                attention
-                    .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
-                    .expect("launch");
+                planned.launch(&gpu, Overlap::None, &data, &out);
                 let got = gpu.read(&out);
                 if got != expected {
                     failures
@@ -592,12 +453,8 @@ fn another_order_and_another_bit_differ() {
     let run = |batch: &Batch| {
         let data = upload(&gpu, batch);
         let out = gpu.poisoned(batch.rows() * spec.heads * spec.head_dim * 2);
-        let attention = Attention::new(&gpu.device, &gpu.jit, spec, tiling).expect("a kernel");
-        let work = attention.work(&batch.seqs, &[0, 1]);
-        let on_device = AttentionBatch::new(&gpu.device, &gpu.stream, work).expect("memory");
-        attention
-            .launch(&gpu.stream, Overlap::None, batch.scale_log2, &on_device, &data.q, &data.kv, &out)
-            .expect("launch");
+        let planned = Planned::of_all(&gpu, batch, tiling);
+        planned.launch(&gpu, Overlap::None, &data, &out);
         gpu.read(&out)
     };
     let got = run(&batch);
