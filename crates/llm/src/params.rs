@@ -63,7 +63,7 @@ pub struct SamplingParams {
     pub logit_bias: BTreeMap<u32, f32>,
     /// Only these tokens may be chosen.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// At most 1024 texts that may not appear (as the token sequences that they encode to), of at most 65536 bytes in all.
+    /// At most 512 texts that may not appear (as the token sequences that they encode to), of at most 65536 bytes in all.
     pub bad_words: Vec<String>,
     /// Keep only the last so many tokens of the prompt.
     pub truncate_prompt_tokens: Option<u32>,
@@ -75,6 +75,8 @@ pub struct SamplingParams {
     pub cache_salt: Option<String>,
 }
 
+/// Most bad words: each is two words of the engine's.
+const MAX_BAD_WORDS: usize = engine::MAX_WORDS / 2;
 /// Most bytes of all bad words together: they are encoded, and each prompt of a request has their ids.
 const MAX_BAD_WORD_BYTES: usize = 64 << 10;
 /// Most bytes of a cache salt: each sample has it.
@@ -213,7 +215,7 @@ impl SamplingParams {
     /// Each bad word at the start of a text and after a space, as vLLM does: the two encode differently.
     fn bad_word_ids(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
         // Before they are encoded; the engine says the same of what they encode to.
-        at_most("bad_words", self.bad_words.len(), engine::MAX_WORDS, "entries")?;
+        at_most("bad_words", self.bad_words.len(), MAX_BAD_WORDS, "entries")?;
         let bytes = self.bad_words.iter().map(String::len).sum();
         at_most("bad_words", bytes, MAX_BAD_WORD_BYTES, "bytes in all")?;
         let mut sequences: Vec<Vec<u32>> = Vec::new();
@@ -290,8 +292,8 @@ mod tests {
             (SamplingParams { stop: vec!["x".into()], ..Default::default() }, "stop needs a tokenizer"),
             (SamplingParams { bad_words: vec!["x".into()], ..Default::default() }, "bad_words needs"),
             (
-                SamplingParams { bad_words: vec!["x".into(); 1025], ..Default::default() },
-                "bad_words: must have at most 1024 entries, got 1025",
+                SamplingParams { bad_words: vec!["x".into(); 513], ..Default::default() },
+                "bad_words: must have at most 512 entries, got 513",
             ),
             (
                 SamplingParams { bad_words: vec!["x".repeat(1000); 66], ..Default::default() },

@@ -205,6 +205,9 @@ fn bad_words_do_not_appear() {
     assert!(!word.is_empty() && free.contains(&word));
     let params = SamplingParams { bad_words: vec![word.clone()], ..ascii(6, 60) };
     assert!(!one(&llm, "hello", params).outputs[0].text.contains(&word));
+    // As many as the documentation says, each at the start of a text and after a space.
+    let bad_words = (0..512).map(|i| format!("~{i}")).collect();
+    one(&llm, "hello", SamplingParams { bad_words, ..ascii(6, 2) });
 }
 
 #[test]

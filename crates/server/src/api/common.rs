@@ -62,7 +62,7 @@ pub(crate) struct CommonFields {
     pub logit_bias: Option<BTreeMap<u32, f32>>,
     /// Only these tokens may be chosen.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// Texts that may not appear: at most 1024, of at most 65536 bytes in all.
+    /// Texts that may not appear: at most 512, of at most 65536 bytes in all.
     pub bad_words: Option<Vec<String>>,
     /// Keep only the last so many tokens of the prompt; -1: as many as fit.
     #[schema(minimum = -1)]
