@@ -117,34 +117,32 @@ fn prefills(spec: &AttentionSpec) -> Vec<Tiling> {
     vec![Tiling::prefill(spec), Tiling::Paged(single)]
 }
 
-fn splits(bench: &Bench) -> Result<()> {
-    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
-        for (seqs, context) in [
-            (1, 512),
-            (1, 1024),
-            (1, 4096),
-            (1, 8192),
-            (1, 32768),
-            (2, 8192),
-            (4, 1024),
-            (4, 8192),
-            (8, 1024),
-            (8, 8192),
-            (16, 1024),
-            (16, 8192),
-            (32, 1024),
-            (64, 1024),
-        ] {
-            let lengths = [1, 2, 4, 8, 16, 32, 64, 128].into_iter().filter(|t| *t <= context / 64);
-            let cut = lengths.map(|tiles| (Tiling::unconstrained(&spec), Some(tiles)));
-            let cuts: Vec<_> = [(Tiling::decode(&spec), None)].into_iter().chain(cut).collect();
-            let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
-            print!("{name} {seqs:>3} x {context:<5}  law {:6.2} us; splits of", times[0]);
-            for ((_, tiles), us) in cuts.iter().zip(&times).skip(1) {
-                print!("  {}: {us:.2}", tiles.expect("all but the law's"));
-            }
-            println!();
+fn splits(bench: &Bench, name: &str, spec: AttentionSpec) -> Result<()> {
+    for (seqs, context) in [
+        (1, 512),
+        (1, 1024),
+        (1, 4096),
+        (1, 8192),
+        (1, 32768),
+        (2, 8192),
+        (4, 1024),
+        (4, 8192),
+        (8, 1024),
+        (8, 8192),
+        (16, 1024),
+        (16, 8192),
+        (32, 1024),
+        (64, 1024),
+    ] {
+        let lengths = [1, 2, 4, 8, 16, 32, 64, 128].into_iter().filter(|t| *t <= context / 64);
+        let cut = lengths.map(|tiles| (Tiling::unconstrained(&spec), Some(tiles)));
+        let cuts: Vec<_> = [(Tiling::decode(&spec), None)].into_iter().chain(cut).collect();
+        let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
+        print!("{name} {seqs:>3} x {context:<5}  law {:6.2} us; splits of", times[0]);
+        for ((_, tiles), us) in cuts.iter().zip(&times).skip(1) {
+            print!("  {}: {us:.2}", tiles.expect("all but the law's"));
         }
+        println!();
     }
     Ok(())
 }
@@ -160,64 +158,59 @@ fn label(tiling: &Tiling) -> String {
     }
 }
 
-fn main() -> Result<()> {
-    // Before the card is opened: without one this fills the kernel cache.
-    let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
-    let mut sources = vec![fill_source()];
-    for spec in [QWEN, LLAMA] {
-        let decodes = [1, 2, 4].into_iter().flat_map(|splits| decodes(&spec, splits));
-        sources.extend(decodes.chain(prefills(&spec)).map(|t| t.source(&spec)));
-    }
-    std::thread::scope(|scope| {
-        for source in &sources {
-            let jit = &jit;
-            scope.spawn(move || jit.cubin(source).map(|_| ()));
-        }
-    });
-    let bench = Bench::new(jit)?;
-    println!("{}, NVRTC {:?}", bench.device.name(), bench.jit.version());
-    if std::env::args().any(|arg| arg == "splits") {
-        return splits(&bench);
-    }
-    println!("decode");
-    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
-        for (seqs, context) in [
-            (1usize, 1024usize),
-            (1, 2048),
-            (1, 8192),
-            (4, 1024),
-            (8, 1024),
-            (32, 1024),
-            (64, 1024),
-            (256, 1024),
-            (16, 8192),
-        ] {
-            let cuts: Vec<_> = decodes(&spec, context.div_ceil(512)).into_iter().map(|t| (t, None)).collect();
-            let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
-            for ((tiling, _), us) in cuts.iter().zip(times) {
-                let bytes = (seqs * context * spec.kv_heads * spec.head_dim * 4) as f64;
-                let rate = bytes / us / 1e6;
-                println!(
-                    "{name} {seqs:>3} x {context:<5} {:<34} {us:8.2} us  {rate:5.2} TB/s",
-                    label(tiling)
-                );
-            }
-        }
-    }
-    println!("prefill");
-    for (name, spec) in [("16/8", QWEN), ("32/8", LLAMA)] {
-        for (seqs, rows) in [(1, 8192), (16, 1024)] {
-            let cuts: Vec<_> = prefills(&spec).into_iter().map(|t| (t, None)).collect();
-            let times = bench.time(spec, Batch { seqs, context: 0, rows }, &cuts)?;
-            for ((tiling, _), us) in cuts.iter().zip(times) {
-                let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
-                let rate = flops / us / 1e6;
-                println!(
-                    "{name} {seqs:>2} x {rows:<4} {:<34} {us:8.1} us  {rate:6.1} TFLOP/s",
-                    label(tiling)
-                );
-            }
+fn decode(bench: &Bench, name: &str, spec: AttentionSpec) -> Result<()> {
+    for (seqs, context) in [
+        (1usize, 1024usize),
+        (1, 2048),
+        (1, 8192),
+        (4, 1024),
+        (8, 1024),
+        (32, 1024),
+        (64, 1024),
+        (256, 1024),
+        (16, 8192),
+    ] {
+        let cuts: Vec<_> = decodes(&spec, context.div_ceil(512)).into_iter().map(|t| (t, None)).collect();
+        let times = bench.time(spec, Batch { seqs, context: context - 1, rows: 1 }, &cuts)?;
+        for ((tiling, _), us) in cuts.iter().zip(times) {
+            let bytes = (seqs * context * spec.kv_heads * spec.head_dim * 4) as f64;
+            let rate = bytes / us / 1e6;
+            println!("{name} {seqs:>3} x {context:<5} {:<34} {us:8.2} us  {rate:5.2} TB/s", label(tiling));
         }
     }
     Ok(())
+}
+
+fn prefill(bench: &Bench, name: &str, spec: AttentionSpec) -> Result<()> {
+    for (seqs, rows) in [(1, 8192), (16, 1024)] {
+        let cuts: Vec<_> = prefills(&spec).into_iter().map(|t| (t, None)).collect();
+        let times = bench.time(spec, Batch { seqs, context: 0, rows }, &cuts)?;
+        for ((tiling, _), us) in cuts.iter().zip(times) {
+            let flops = 2.0 * (seqs * rows * rows * spec.heads * spec.head_dim) as f64;
+            let rate = flops / us / 1e6;
+            println!("{name} {seqs:>2} x {rows:<4} {:<34} {us:8.1} us  {rate:6.1} TFLOP/s", label(tiling));
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    // Before the card is opened: without one this fills the kernel cache.
+    let jit = Jit::new(None, Some(std::env::temp_dir().join("bitfast-kernels")))?;
+    let heads = [("16/8", QWEN), ("32/8", LLAMA)];
+    let mut sources = vec![fill_source()];
+    for (_, spec) in heads {
+        let decodes = [1, 2, 4].into_iter().flat_map(|splits| decodes(&spec, splits));
+        sources.extend(decodes.chain(prefills(&spec)).map(|t| t.source(&spec)));
+    }
+    jit.prepare(&sources, 16)?;
+    let bench = Bench::new(jit)?;
+    println!("{}, NVRTC {:?}", bench.device.name(), bench.jit.version());
+    if std::env::args().any(|arg| arg == "splits") {
+        return heads.into_iter().try_for_each(|(name, spec)| splits(&bench, name, spec));
+    }
+    println!("decode");
+    heads.into_iter().try_for_each(|(name, spec)| decode(&bench, name, spec))?;
+    println!("prefill");
+    heads.into_iter().try_for_each(|(name, spec)| prefill(&bench, name, spec))
 }

@@ -50,10 +50,10 @@ fn main() -> Result<()> {
                 let graph = stream.capture(|| {
                     calls.iter().try_for_each(|call| {
                         call.launch(&stream)?;
-                        match product {
-                            true => silu.launch(&stream, Overlap::WithPrevious, tokens, &both, &out),
-                            false => Ok(()),
+                        if product {
+                            silu.launch(&stream, Overlap::WithPrevious, tokens, &both, &out)?;
                         }
+                        Ok(())
                     })
                 })?;
                 graphs.push((graph, copies));

@@ -130,20 +130,24 @@ impl Jit {
         self.nvrtc.version as *const std::ffi::c_void
     }
 
-    /// Compiles those of `sources` that are not ready (or finds them in the cache) on `threads` threads, so that
+    /// Compiles those of `sources` that are not ready (or finds them in the cache), each once, on `threads` threads, so that
     /// [`cubin`](Self::cubin) has them at hand.
     ///
     /// # Errors
     /// One that [`cubin`](Self::cubin) would give.
     pub fn prepare(&self, sources: &[KernelSource], threads: usize) -> Result<()> {
-        let mut sources = sources.to_vec();
+        let mut missing: Vec<&KernelSource> = Vec::new();
         {
             let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-            sources.retain(|source| !ready.contains_key(source));
+            for source in sources {
+                if !ready.contains_key(source) && !missing.contains(&source) {
+                    missing.push(source);
+                }
+            }
         }
         let next = AtomicUsize::new(0);
         let work = || {
-            while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(&source) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let cubin = self.find(source)?;
                 self.ready.lock().unwrap_or_else(PoisonError::into_inner).insert(source.clone(), cubin);
             }
@@ -151,7 +155,7 @@ impl Jit {
         };
         std::thread::scope(|scope| {
             let helpers: Vec<_> =
-                (1..threads.clamp(1, sources.len().max(1))).map(|_| scope.spawn(work)).collect();
+                (1..threads.clamp(1, missing.len().max(1))).map(|_| scope.spawn(work)).collect();
             let mine = work();
             let theirs = helpers.into_iter().map(|h| h.join().expect("the compiler does not panic"));
             theirs.fold(mine, Result::and)
