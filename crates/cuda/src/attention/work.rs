@@ -87,7 +87,7 @@ impl Items {
         chosen: &[usize],
     ) -> Self {
         assert!(!tiling.is_free(), "{tiling:?} without a length of splits");
-        Self::cut(spec, tiling, seqs, sequences, chosen, [ATTN_SPLIT_KEYS / BLOCK_TOKENS, 0])
+        Self::cut(spec, tiling, seqs, sequences, chosen, None)
     }
 
     /// The items of the sequences `chosen` in splits of `tiles` tiles: the unconstrained mode.
@@ -100,18 +100,19 @@ impl Items {
         tiles: usize,
     ) -> Self {
         assert!(tiling.is_free() && tiles > 0, "{tiling:?} with splits of {tiles} tiles");
-        Self::cut(spec, tiling, seqs, sequences, chosen, [tiles, tiles])
+        Self::cut(spec, tiling, seqs, sequences, chosen, Some(tiles))
     }
 
-    /// In splits of `split_tiles` tiles; `said` is what the items say of it.
+    /// `free`: tiles of a split, where they are not the contract's.
     fn cut(
         spec: &AttentionSpec,
         tiling: &Tiling,
         seqs: &[SeqInput],
         sequences: &Sequences,
         chosen: &[usize],
-        [split_tiles, said]: [usize; 2],
+        free: Option<usize>,
     ) -> Self {
+        let split_keys = free.map_or(ATTN_SPLIT_KEYS, |tiles| tiles * BLOCK_TOKENS);
         let (mut items, mut partials, mut max_splits) = (Vec::new(), 0, 0);
         for &s in chosen {
             let seq = &seqs[s];
@@ -119,8 +120,8 @@ impl Items {
             for first in (0..rows).step_by(tiling.rows()) {
                 let last = (first + tiling.rows()).min(rows) - 1;
                 let keys = seq.context_len as usize + last / spec.group() + 1;
-                let splits = keys.div_ceil(split_tiles * BLOCK_TOKENS);
-                items.push([s as u32, first as u32, partials as u32, said as u32]);
+                let splits = keys.div_ceil(split_keys);
+                items.push([s as u32, first as u32, partials as u32, free.unwrap_or(0) as u32]);
                 partials += splits;
                 max_splits = max_splits.max(splits);
             }
