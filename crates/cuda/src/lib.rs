@@ -1,10 +1,11 @@
 //! The CUDA backend of Bitfast, for the `hopper` numerics class (H100, H200).
 //!
 //! Driver and NVRTC are found at run time, so nothing of CUDA is needed to build, and a machine without a GPU gets a
-//! typed error. Kernels live in `kernels/*.cu`, header-free, specialised by macros to a layer's shape.
+//! typed error. A kernel is a file of `kernels/*.cu`, behind what it shares with others (`*.cuh`), specialised by macros to a layer's shape:
+//! [`jit::KernelSource`]. Launchers are files of the same name here: `linear/wide.rs` of `linear_wide.cu`.
 //!
 //! Architecture invariant: what chooses an order of floating-point operations (`ops::contract`) sees a weight's
-//! shape; what chooses tiles, stages, clusters and grids ([`linear::plan`]) sees the token count and has no order to
+//! shape; what chooses tiles, stages, clusters and grids ([`linear::plan`], [`attention::Tiling`]) sees the token count and has no order to
 //! choose: every variant of a kernel computes the same bits.
 
 pub mod attention;
