@@ -159,6 +159,18 @@ fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
 }
 
 #[test]
+fn auto_takes_a_card_that_serves() {
+    let machine = Machine::new();
+    std::fs::write(machine.path("in.jsonl"), "{\"prompt_token_ids\": [1, 2, 3]}\n").unwrap();
+    let mut command = machine.bitfast("", &["run", "--max-tokens", "6", "--prompts"]);
+    command.arg(machine.path("in.jsonl")).arg("--output").arg(machine.path("out.jsonl"));
+    let output =
+        command.args(&MODEL[..5]).args(["--device", "auto", "--no-batch-invariant"]).args(SMALL).output();
+    // Its tokens, which no CPU would choose.
+    answered(&machine, &output.unwrap(), 1);
+}
+
+#[test]
 fn every_call_keeps_the_drivers_rules() {
     let machine = Machine::new();
     for flags in [&[][..], &["--enforce-eager"], &["--max-num-seqs", "8", "--max-num-batched-tokens", "8"]] {
