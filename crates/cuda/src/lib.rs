@@ -2,7 +2,7 @@
 //!
 //! Driver and NVRTC are found at run time, so nothing of CUDA is needed to build, and a machine without a GPU gets a
 //! typed error. A kernel is a file of `kernels/*.cu`, behind what it shares with others (`*.cuh`), specialised by macros to a layer's shape:
-//! [`jit::KernelSource`]. Launchers are files of the same name here: `linear/wide.rs` of `linear_wide.cu`.
+//! [`jit::KernelSource`]. Module [`linear`] launches `linear_*.cu`, and so on.
 //!
 //! Architecture invariant: what chooses an order of floating-point operations (`ops::contract`) sees a weight's
 //! shape; what chooses tiles, stages, clusters and grids ([`linear::plan`], [`attention::Tiling`]) sees the token count and has no order to
