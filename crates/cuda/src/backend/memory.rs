@@ -45,7 +45,7 @@ impl Param {
     }
 }
 
-/// An activation buffer; it has more rows than were asked for, see [`padded_rows`].
+/// An activation buffer; it has more rows than were asked for (`padded_rows`).
 pub struct Tensor {
     pub(super) rows: usize,
     pub(super) cols: usize,
