@@ -12,7 +12,7 @@ static_assert(!SILU || (LEAVES == 1 && N % 16 == 0 && !LOGITS), "gates and ups a
 __device__ __forceinline__ float add(float p, float q) { return __fadd_rn(p, q); }
 __device__ __forceinline__ float4 add(float4 p, float4 q) { return make_float4(add(p.x, q.x), add(p.y, q.y), add(p.z, q.z), add(p.w, q.w)); }
 
-// v[0] becomes the sum of all, as a tree of adjacent pairs or from the first to the last: the device twin of ops::reference::join_leaves.
+// v[0] becomes the sum of all, as a tree of adjacent pairs or from the first to the last: the device twin of ops::exact::join_leaves.
 template <int COUNT, class T> __device__ __forceinline__ void join_leaves(T (&v)[COUNT]) {
     if (TREE) {
 #pragma unroll

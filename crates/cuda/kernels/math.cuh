@@ -1,5 +1,6 @@
-// Device twins of ops::exact: every function here gives the bits of the Rust function of the same name. No contraction (-fmad=false),
-// no flush of denormals, IEEE division and square root (NVRTC's defaults). Payloads of NaNs are not part of the law.
+// Device twins of ops::exact: every function here gives the bits of the Rust function of the same name (exp2_full of exp2, log2_full of log2,
+// silu_mul of silu_mul_unrounded). No contraction (-fmad=false), no flush of denormals, IEEE division and square root (NVRTC's defaults).
+// Payloads of NaNs are not part of the law.
 
 #define LOG2_E __uint_as_float(0x3FB8AA3Bu)
 #define LN2 __uint_as_float(0x3F317218u)
@@ -35,12 +36,16 @@ __device__ __forceinline__ float exp2_poly3(float t) {
     return __uint_as_float(__float_as_uint(horner(C, f)) + shift);
 }
 
-// 2^t to full precision: +0 below -126 and for NaN, infinity from 128 on.
-__device__ __forceinline__ float exp2_full(float t) {
+// 2^t to full precision for t in [-126, 128).
+__device__ __forceinline__ float exp2_inside(float t) {
     constexpr u32 C[7] = {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu};
     u32 shift;
     const float f = split_integer(t, shift);
-    const float value = __uint_as_float(__float_as_uint(horner(C, f)) + shift);
+    return __uint_as_float(__float_as_uint(horner(C, f)) + shift);
+}
+// The same for all t: +0 below -126 and for NaN, infinity from 128 on.
+__device__ __forceinline__ float exp2_full(float t) {
+    const float value = exp2_inside(t);
     return t >= 128.f ? INFINITE : t >= -126.f ? value : 0.f;
 }
 
@@ -80,13 +85,10 @@ __device__ __forceinline__ u32 silu_mul_pair(float g0, float u0, float g1, float
     return pack_bf16(silu_mul(lo_bf16(g), lo_bf16(u)), silu_mul(hi_bf16(g), hi_bf16(u)));
 }
 
-// g / (1 + 2^t) for |g| < 80, by the steps that the compiler takes for __fdiv_rn where its check of the exponents passes. The remainder has the
+// g / (1 + 2^(-g log2 e)) for |g| < 80, by the steps that the compiler takes for __fdiv_rn where its check of the exponents passes. The remainder has the
 // other sign: so a zero keeps its own.
 __device__ __forceinline__ float silu_ordinary(float g) {
-    constexpr u32 C[7] = {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu};
-    u32 shift;
-    const float f = split_integer(__fmul_rn(-g, LOG2_E), shift);
-    const float d = __fadd_rn(1.f, __uint_as_float(__float_as_uint(horner(C, f)) + shift));
+    const float d = __fadd_rn(1.f, exp2_inside(__fmul_rn(-g, LOG2_E)));
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
     r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.f), r);
@@ -135,4 +137,13 @@ __device__ __forceinline__ float warp_tree(float v) {
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) v = __fadd_rn(v, __shfl_xor_sync(0xFFFFFFFFu, v, bit));
     return v;
+}
+
+// What scales a row of d elements to a mean square of 1, of the sum of its squares.
+__device__ __forceinline__ float rms_scale(float squares, int d, float eps) {
+    return __frcp_rn(__fsqrt_rn(__fmaf_rn(squares, __frcp_rn((float)d), eps)));
+}
+// An element under that scale and its weight, stored LESS_ONE or as it is.
+template <bool LESS_ONE> __device__ __forceinline__ float rms_scaled(float x, float scale, float w) {
+    return __fmul_rn(__fmul_rn(x, scale), LESS_ONE ? __fadd_rn(1.f, w) : w);
 }

@@ -64,11 +64,11 @@ extern "C" __global__ void __launch_bounds__(128)
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
     __syncthreads();
     const float total = __fadd_rn(__fadd_rn(warp_sums[0], warp_sums[1]), __fadd_rn(warp_sums[2], warp_sums[3]));
-    const float r = __frcp_rn(__fsqrt_rn(__fmaf_rn(total, __frcp_rn((float)D), eps)));
+    const float r = rms_scale(total, D, eps);
     bf16* const to = out + (u64)blockIdx.x * D;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        auto scale = [&](float x, float w) { return __fmul_rn(__fmul_rn(x, r), UNIT_OFFSET ? __fadd_rn(1.f, w) : w); };
+        auto scale = [&](float x, float w) { return rms_scaled<UNIT_OFFSET>(x, r, w); };
         store8(to, 1024 * c + first, zip8(v[c], weight[c], scale));
     }
 }

@@ -70,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) squares[i] = __fmul_rn(element(x, i), element(x, i));
             const float sum = warp_tree(tree_of(squares));
-            const float r = __frcp_rn(__fsqrt_rn(__fmaf_rn(sum, __frcp_rn((float)D), eps)));
-            auto scale = [&](float x, float w) { return __fmul_rn(__fmul_rn(x, r), UNIT_OFFSET ? __fadd_rn(1.f, w) : w); };
+            const float r = rms_scale(sum, D, eps);
+            auto scale = [&](float x, float w) { return rms_scaled<UNIT_OFFSET>(x, r, w); };
 #pragma unroll
             for (int i = 0; i < WORDS; i++) x[i] = pack_bf16(scale(lo_bf16(x[i]), lo_bf16(weight[i])), scale(hi_bf16(x[i]), hi_bf16(weight[i])));
         }
