@@ -487,7 +487,7 @@ impl Backend for CudaBackend {
         meanwhile: &mut dyn FnMut(),
     ) -> Result<Vec<RowSample>> {
         self.mark(format_args!("sample"));
-        let Self { stream, kernels, name, profile, .. } = self;
+        let Self { stream, kernels, name, profile, step, .. } = self;
         let sampler = kernels.sampler(logits.cols, logits.rows.max(rows.len())).map_err(failed(name))?;
         let sampler = sampler.expect("a step is run, not prepared");
         sampler.enqueue(stream, &logits.data, rows).map_err(failed(name))?;
@@ -496,6 +496,7 @@ impl Backend for CudaBackend {
         }
         meanwhile();
         let samples = sampler.collect(stream).map_err(failed(name))?;
+        step.passed();
         if let Some(profile) = profile {
             profile.report();
         }

@@ -38,8 +38,20 @@ pub(super) struct Step {
     arena: Buffer,
     partials: Buffer,
     arrived: Buffer,
-    /// Recorded behind the last upload: until then the host words must stay.
+    host_words: HostWords,
+    /// Recorded behind the copy of a step that need not be waited for.
     copied: Event,
+}
+
+/// Until when the words on the host must stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HostWords {
+    /// They were copied.
+    Free,
+    /// Until the event behind the copy.
+    UntilCopied,
+    /// Until the stream has nothing left to do: a decode step, whose answers are waited for, is spared the event.
+    UntilIdle,
 }
 
 /// Where a step's inputs lie.
@@ -169,6 +181,7 @@ impl Step {
             arena: device.alloc(4 * words)?,
             partials: device.alloc(1 << 22)?,
             arrived,
+            host_words: HostWords::Free,
             copied: device.event()?,
         })
     }
@@ -225,14 +238,28 @@ impl Step {
         fill(self.host.words_mut(), sizes, batch, &layout, &sequences, &plans);
         // SAFETY: the words change in `fill` above only, which `grow` lets wait for the copy.
         unsafe { self.host.copy_to(stream, layout.end, &self.arena)? };
-        stream.record(&self.copied)?;
+        self.host_words = HostWords::UntilIdle;
+        if self.graph.is_none() {
+            stream.record(&self.copied)?;
+            self.host_words = HostWords::UntilCopied;
+        }
         self.inputs = Some(self.parts(&layout, plans.iter().map(|p| p.extent)));
         Ok(changed)
     }
 
+    /// The stream has nothing left to do.
+    pub fn passed(&mut self) {
+        self.host_words = HostWords::Free;
+    }
+
     /// Waits for the last upload and sees to room for the next one: so many words, bytes of partial results and of arrival counts.
     fn grow(&mut self, stream: &Stream, words: usize, partials: usize, arrived: usize) -> Result<bool> {
-        self.copied.synchronize()?;
+        match self.host_words {
+            HostWords::Free => {}
+            HostWords::UntilCopied => self.copied.synchronize()?,
+            HostWords::UntilIdle => stream.synchronize()?,
+        }
+        self.passed();
         let mut changed = false;
         if words > self.host.len() {
             let words = words.next_power_of_two();

@@ -46,8 +46,10 @@ fn narrow(spec: &LinearSpec, tokens: usize, sms: usize) -> Narrow {
         (64, true) => (1, 5, 2),
         (_, true) => (2, 6, 1),
     };
-    // Few tiles of long rows: the leaves of each are shared by two blocks.
-    let ksplit = if tiles * 3 < sms && is_long(spec) { 2 } else { 1 };
+    // Few tiles of long rows: the leaves of each are shared by two blocks. Of the longest rows also where one block each would take half the
+    // multiprocessors: faster alone, but behind another layer slower (LOG.md, "a decode step taken apart").
+    let shared = tiles * 3 < sms || (tile <= 64 && tiles * 2 <= sms && spec.k >= 8192);
+    let ksplit = if shared && is_long(spec) { 2 } else { 1 };
     let plan = Narrow { tokens: tile, groups, stages, ksplit, min_ctas };
     // A shared fold keeps its leaves in shared memory: fewer ring slots.
     let with = |stages| Narrow { stages, ..plan };
@@ -134,5 +136,15 @@ mod tests {
         assert!(matches!(plan(&row(6144), 193, 132), Variant::Wide(Wide { tile: 64, .. })));
         assert!(matches!(plan(&row(2048), 96, 132), Variant::Wide(Wide { tile: 32, .. })));
         assert!(matches!(plan(&row(2048), 129, 132), Variant::Wide(Wide { tile: 64, .. })));
+    }
+
+    #[test]
+    fn the_longest_rows_are_shared_by_two_blocks() {
+        let row = |n, k, tokens| plan(&LinearSpec::new(LinearKind::Row, n, k), tokens, 132);
+        for tokens in [1, 64] {
+            assert!(matches!(row(4096, 14336, tokens), Variant::Narrow(Narrow { ksplit: 2, .. })));
+            assert!(matches!(row(4096, 4096, tokens), Variant::Narrow(Narrow { ksplit: 1, .. })));
+        }
+        assert!(matches!(row(8192, 14336, 1), Variant::Narrow(Narrow { ksplit: 1, .. })));
     }
 }
