@@ -157,6 +157,9 @@ fn compare(gpu: &Gpu, specs: &[LinearSpec], tokens: &[usize]) {
         for &rows in tokens {
             let x = gpu.upload_rows(&x, rows, spec.k);
             let expected = gpu.run(spec, Variant::Reference, &x, &w, rows);
+            let unwritten =
+                expected.chunks(spec.output_bytes()).filter(|y| y.iter().all(|b| *b == 0xFF)).count();
+            assert_eq!(unwritten, 0, "{spec:?} at {rows} rows: elements that the reference did not write");
             for variant in variants(&spec, rows) {
                 let got = gpu.run(spec, variant, &x, &w, rows);
                 let differing = got.iter().zip(&expected).filter(|(a, b)| a != b).count();
