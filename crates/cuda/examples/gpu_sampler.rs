@@ -1,9 +1,10 @@
-//! Time of a step's sampling on a GPU: medians of device time (copies in and out included), of the whole call, and of each of its kernels in a
-//! graph of many, beside what the kernel's bytes alone would take. Bits are the twin tests' matter.
+//! Time of a step's sampling on a GPU: medians of device time (from words in the host's memory to answers there, queued behind other work, as
+//! sampling is behind a step), of the whole call of an idle device, and of each of its kernels in a graph of many, beside what the kernel's bytes
+//! alone would take. Bits are the twin tests' matter.
 
 use std::time::Instant;
 
-use bitfast_cuda::driver::{Arg, Buffer, Device, Launch, Overlap, Stream};
+use bitfast_cuda::driver::{Arg, Buffer, Device, Kernel, Launch, Overlap, Stream};
 use bitfast_cuda::jit::{Jit, KernelSource};
 use bitfast_cuda::sampler::{Pass, Sampler};
 use bitfast_ops::{RowChoice, RowParams, SampleRow};
@@ -27,12 +28,17 @@ extern "C" __global__ void fill(float* p, u64 n, float spread, float peak) {
         p[i] = (sum / 256.f - 2.f) * 1.73f * spread + (i % 4099 == 0 ? peak : 0.f);
     }
 }
+// Other work: some 100 us.
+extern "C" __global__ void busy() {
+    for (const long long end = clock64() + 180000; clock64() < end;) {}
+}
 "#;
 
 struct Bench {
     device: Device,
     stream: Stream,
     sampler: Sampler,
+    busy: Kernel,
     /// Two matrices: with a few tokens far above the others, and without.
     logits: [Buffer; 2],
 }
@@ -59,16 +65,23 @@ impl Bench {
         for (kind, logits) in ["peaked", "flat"].into_iter().zip(&self.logits) {
             let (start, end) = (self.device.event()?, self.device.event()?);
             let (mut device_us, mut call_us) = (Vec::new(), Vec::new());
-            for round in 0..13 {
+            for round in 0..26 {
+                let behind = round % 2 == 0;
+                if behind {
+                    let launch = Launch { grid: [1, 1, 1], threads: 1, overlap: Overlap::None };
+                    // SAFETY: it has no arguments.
+                    unsafe { self.busy.launch(&self.stream, launch, &[])? };
+                }
                 let before = Instant::now();
                 self.stream.record(&start)?;
                 self.sampler.enqueue(&self.stream, logits, &asked)?;
                 self.stream.record(&end)?;
                 self.sampler.collect(&self.stream)?;
                 let call = before.elapsed().as_secs_f64() * 1e6;
-                if round > 2 {
-                    device_us.push(f64::from(start.elapsed_ms(&end)?) * 1e3);
-                    call_us.push(call);
+                match round {
+                    0..6 => {}
+                    _ if behind => device_us.push(f64::from(start.elapsed_ms(&end)?) * 1e3),
+                    _ => call_us.push(call),
                 }
             }
             let median = |v: &mut Vec<f64>| {
@@ -78,10 +91,10 @@ impl Bench {
             let (device_us, call_us) = (median(&mut device_us), median(&mut call_us));
             println!("{name:<26} {kind:>7} {rows:>5} {device_us:>10.1} {call_us:>10.1}");
 
-            let stored = usize::from(params.min_p > 0.0 || params.top_k > 0 || params.top_p < 1.0);
+            let stored = usize::from(params.repetition_penalty != 1.0 && params.top_k > 0);
             self.sampler.enqueue(&self.stream, logits, &asked)?;
             for (pass, of) in self.sampler.passes() {
-                // One read of the logits, whatever a kernel does; the first one may write them, changed.
+                // One read of the logits, whatever a kernel does; the first one may write them, edited.
                 let bytes = of * VOCAB * 4 * (1 + if pass == Pass::Scan { stored } else { 0 });
                 let repeat =
                     || (0..REPEATS).try_for_each(|_| self.sampler.repeat(&self.stream, logits, pass));
@@ -108,6 +121,7 @@ fn main() -> Result<()> {
     let stream = device.stream()?;
     let sampler = Sampler::new(&device, &jit, VOCAB, ROWS)?;
     println!("{}, NVRTC {:?}", device.name(), jit.version());
+    let busy = device.kernel(&fill, "busy", 0)?;
     let fill = device.kernel(&fill, "fill", 0)?;
     let matrix = |spread, peak| -> Result<Buffer> {
         let buffer = device.alloc(ROWS * VOCAB * 4)?;
@@ -120,6 +134,8 @@ fn main() -> Result<()> {
     };
     let logits = [matrix(2.0, 14.0)?, matrix(1.0, 0.0)?];
     let on = RowParams::default();
+    let both = RowParams { top_k: 50, top_p: 0.9, temperature: 0.7, ..on.clone() };
+    let edited = RowParams { repetition_penalty: 1.1, ..both.clone() };
     let cases = [
         ("greedy", RowParams { temperature: 0.0, ..on.clone() }, None),
         ("temperature 1", on.clone(), None),
@@ -127,7 +143,8 @@ fn main() -> Result<()> {
         ("min-p 0.05", RowParams { min_p: 0.05, ..on.clone() }, None),
         ("top-k 50", RowParams { top_k: 50, ..on.clone() }, None),
         ("top-p 0.9", RowParams { top_p: 0.9, ..on.clone() }, None),
-        ("top-k 50, top-p 0.9", RowParams { top_k: 50, top_p: 0.9, temperature: 0.7, ..on.clone() }, None),
+        ("top-k 50, top-p 0.9", both.clone(), None),
+        ("the same, penalties", edited, None),
         ("penalties of 1000 tokens", RowParams { repetition_penalty: 1.1, ..on.clone() }, None),
         ("greedy, logprob", RowParams { temperature: 0.0, ..on.clone() }, Some(0)),
         ("greedy, 5 logprobs", RowParams { temperature: 0.0, ..on }, Some(5)),
@@ -137,7 +154,7 @@ fn main() -> Result<()> {
         "{:<34} {:>5} {:>10} {:>21} {:>8} {:>4}",
         "    its kernels", "rows", "us", "MB", "least us", "%"
     );
-    let mut bench = Bench { device, stream, sampler, logits };
+    let mut bench = Bench { device, stream, sampler, busy, logits };
     for (name, params, logprobs) in &cases {
         for rows in [1, 8, 64, 256] {
             bench.time(name, params, *logprobs, rows)?;

@@ -3,6 +3,8 @@
 // Macros: VOCAB
 #define UNIT 2048 // tokens that a block of the row passes takes at a time
 #define UNITS ((VOCAB + UNIT - 1) / UNIT)
+#define GROUP 128 // neighbours that a warp of the row passes takes at a time
+#define GROUPS ((VOCAB + GROUP - 1) / GROUP)
 #define THREADS 256
 #define CHUNKS ((VOCAB + 1023) / 1024)
 #define GUMBEL_MAX 22.875f
@@ -14,13 +16,14 @@
 #define SCALED 4u       // the temperature divides
 #define RACE 8u         // Gumbel-max over the whole row, without min-p: in the first pass
 #define LATE_RACE 16u   // the same with min-p, which needs the row's maximum: in the second
-#define STORE 32u       // changed logits are kept for later passes
+#define STORE 32u       // changed logits are kept for later passes: they are more than raw ones over the temperature
 #define LOGPROBS 64u
 #define REPETITION 128u // a repetition penalty
 #define COUNTED 256u    // a frequency or presence penalty
 #define MASKED 512u
 #define SCORED 1024u    // logprobs are those of `token`
 #define WHOLE_SUM 2048u // top-p without top-k: weights are summed over the whole row
+#define SEARCHED 4096u  // later passes look for large ones among the changed logits
 
 // What a row asks for (sampler/layout.rs). Lists are ranges of the step's words.
 struct Row {
@@ -77,9 +80,31 @@ __device__ __forceinline__ void load4(const float* row, int i, float (&x)[4]) {
     }
 }
 
+// What processing made of a row's logits.
+struct Changed {
+    const float* x;
+    float temperature;
+    bool scaled; // by the temperature, when read
+
+    __device__ __forceinline__ void load(int i, float (&v)[4]) const {
+        load4(x, i, v);
+        if (!scaled) return;
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = settle(__fdiv_rn(cap(v[e]), temperature));
+    }
+};
+__device__ __forceinline__ Changed changed(const Row& row, const float* logits, const float* kept) {
+    if (row.flags & STORE) return {kept + (u64)row.kept * VOCAB, 1.f, false};
+    return {logits + (u64)row.logits * VOCAB, row.temperature, (row.flags & SCALED) != 0};
+}
+__device__ __forceinline__ float largest_of(const float (&x)[4]) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
+
 // The weight of a logit against the row's largest.
 __device__ __forceinline__ float weight(float x, float max) { return exp2_full(__fmul_rn(__fsub_rn(cap(x), max), LOG2_E)); }
 __device__ __forceinline__ bool passes_min_p(float x, float max, float min_p) { return !(min_p > 0.f) || weight(x, max) >= min_p; }
+
+// Whether anything up to x may pass: rounding makes a smaller value's weight larger by a few units of the last place at most.
+__device__ __forceinline__ bool may_pass_min_p(float x, float max, float min_p) { return !(min_p > 0.f) || weight(x, max) >= __fmul_rn(0.999f, min_p); }
 
 // Philox4x32-10 at counter (position, block, 0, 0): the words of tokens 4 block .. 4 block + 3.
 __device__ __forceinline__ void philox(const Row& row, u32 block, u32 (&out)[4]) {
@@ -111,10 +136,10 @@ struct Leader {
     float score = -INFINITE, seen = -INFINITE;
     u32 token = 0;
 
-    // Four neighbours from id `first` on, ascending over the calls. To be called by a whole warp.
+    // Four neighbours from id `first` on. To be called by a whole warp.
     template <class Passes> __device__ __forceinline__ void run(const Row& row, const float (&x)[4], u32 first, Passes passes) {
         // Rounding is monotone: a smaller value and less noise cannot give a larger score.
-        const float top = cap(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
+        const float top = cap(largest_of(x));
         if (!__any_sync(ALL_LANES, __fadd_rn(top, GUMBEL_MAX) >= seen)) return;
         u32 words[4];
         philox(row, first / 4, words);
@@ -123,7 +148,8 @@ struct Leader {
             const float value = cap(x[e]);
             if (!(__fadd_rn(value, noise_bound(words[e])) >= seen)) continue;
             const float s = __fadd_rn(value, gumbel(words[e]));
-            if (s > score && passes(value)) score = s, token = first + e;
+            const u32 id = first + e;
+            if ((s > score || (s == score && id < token)) && passes(value, id)) score = s, token = id;
         }
         seen = value_of(__reduce_max_sync(ALL_LANES, value_key(score)));
     }

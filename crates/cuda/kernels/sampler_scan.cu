@@ -1,5 +1,5 @@
 // First pass over a step's rows: NaN, the largest raw and changed logit, Gumbel-max without filters. Rows that have filters leave
-// their changed logits for the later passes; logits themselves stay as they are. Grid: (parts of a row, rows).
+// their changed logits and the largest of each group for the later passes; logits themselves stay as they are. Grid: (parts of a row, rows).
 
 // Applies bias, penalties and forbidden tokens to the block's UNIT tokens from `base` on, which pass through shared memory.
 __device__ __forceinline__ void edit(const Row& row, const u32* words, int base, float (&x)[UNIT / 1024][4], float* values, u32* counts) {
@@ -54,7 +54,8 @@ __device__ __forceinline__ void edit(const Row& row, const u32* words, int base,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 6)
-    scan(const float* __restrict__ logits, const u32* __restrict__ words, const Row* __restrict__ rows, float* __restrict__ kept, Answer* answers) {
+    scan(const float* __restrict__ logits, const u32* __restrict__ words, const Row* __restrict__ rows, float* __restrict__ kept, u32* __restrict__ largest,
+         Answer* answers) {
     __shared__ float values[UNIT];
     __shared__ u32 counts[UNIT];
     __shared__ u64 best_of[THREADS / 32], race_of[THREADS / 32];
@@ -99,6 +100,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6)
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 if (cap(x[j][e]) > best) best = cap(x[j][e]), best_id = id + e;
+            if (flags & SEARCHED) {
+                const u32 of_group = __reduce_max_sync(ALL_LANES, value_key(largest_of(x[j])));
+                if (lane == 0 && id < VOCAB) largest[(u64)blockIdx.y * GROUPS + id / GROUP] = of_group;
+            }
             if (flags & STORE) {
                 float* const to = kept + (u64)row.kept * VOCAB;
                 if (VOCAB % 4 == 0) {
@@ -109,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6)
                         if (id + e < VOCAB) to[id + e] = x[j][e];
                 }
             }
-            if (flags & RACE) leader.run(row, x[j], id, [](float) { return true; });
+            if (flags & RACE) leader.run(row, x[j], id, [](float, u32) { return true; });
         }
     }
 

@@ -74,12 +74,26 @@ fn logits(vocab: usize, kind: usize, draw: &mut Draw) -> Vec<f32> {
             row.fill(f32::NEG_INFINITY);
             row[any] = -2.0;
         }
+        13 => {
+            // The largest are neighbours.
+            for i in 0..vocab.min(3000) {
+                row[(any + i) % vocab] = 10.0 + draw.below(1000) as f32 / 1000.0;
+            }
+        }
+        14 => {
+            // A sum above 2^14 of weights of 1, then weights around half a unit of its last place: many are ties, whose rounding depends on the sum.
+            let ten = 10.0 * std::f32::consts::LN_2;
+            for x in &mut row {
+                let little = draw.below(1000) as f32 * 1e-6;
+                *x = draw.of(&[0.0, -ten, -ten, little - ten, little - ten, 0.9 * -ten - little]);
+            }
+        }
         _ => row.iter_mut().for_each(|x| *x = x.abs() * 10.0 - 40.0),
     }
     row
 }
 
-const KINDS: usize = 14;
+const KINDS: usize = 16;
 
 /// What a row refers to.
 struct Lists {
@@ -120,7 +134,8 @@ fn lists(vocab: usize, draw: &mut Draw) -> Lists {
     let params = RowParams {
         temperature: draw.of(&[0.0, 1.0, 1.0, 0.7, 1.5, 30.0, 1e-4, f32::NAN]),
         top_k: if filters {
-            draw.of(&[0, 0, 1, 2, 5, 50, 300, vocab as u32 - 1, vocab as u32, vocab as u32 + 5, 5000])
+            let all = vocab as u32;
+            draw.of(&[0, 0, 1, 2, 5, 50, 300, 512, 513, 1187, 1188, 5000, all - 1, all, all + 5])
         } else {
             0
         },
@@ -142,7 +157,18 @@ fn lists(vocab: usize, draw: &mut Draw) -> Lists {
         position: draw.word() as u32 % 100_000,
         choose,
         score: (draw.below(6) == 0).then(|| draw.below(vocab) as u32),
-        logprobs: draw.of(&[None, None, Some(0), Some(1), Some(5), Some(20), Some(vocab as u32 / 3 + 1)]),
+        logprobs: draw.of(&[
+            None,
+            None,
+            None,
+            Some(0),
+            Some(1),
+            Some(5),
+            Some(20),
+            Some(1187),
+            Some(1188),
+            Some(vocab as u32 / 3 + 1),
+        ]),
     }
 }
 
@@ -289,16 +315,16 @@ fn small_vocabularies() {
     println!("sampler: {compared} rows equal the reference");
 }
 
-/// Where a nucleus ends, to the token: positions at which the last token of the prefix, or the first one behind it, has so much noise
-/// that it wins if it runs. One entry more or less in the fold would be seen.
+/// Where what filters keep ends, to the token: positions at which its last token, or the first one behind it, has so much noise that it wins if
+/// it runs. One entry more or less would be seen. Prefixes of each way of finding them, and on both sides of the limits between these ways: 2048
+/// candidates, 512 tokens of top-k alone, as many tokens as there are groups of 128 (1187).
 #[test]
 #[ignore = "needs an H100 or H200"]
-fn nuclei_end_at_the_reference_s_token() {
+fn prefixes_end_at_the_reference_s_token() {
     let gpu = gpu();
     let vocab = 151_936;
     let mut sampler = Sampler::new(&gpu.device, &gpu.jit, vocab, 256).expect("a sampler");
-    let (mut failures, mut last_won, mut compared) = (Vec::new(), 0, 0);
-    for (kind, top_p, top_k) in [
+    let of_kinds = [
         (0, 0.9, 0),
         (1, 0.9, 0),
         (2, 0.7, 0),
@@ -306,15 +332,36 @@ fn nuclei_end_at_the_reference_s_token() {
         (11, 0.3, 0),
         (11, 0.999, 0),
         (11, 0.9, 70_000),
-        (13, 0.95, 0),
+        (13, 0.9, 0),
+        (13, 1.0, 512),
+        (14, 0.6, 0),
+        (14, 0.9, 70_000),
+        (15, 0.95, 0),
         (1, 0.97, 5000),
         (4, 0.6, 40),
-    ] {
+        (11, 1.0, 512),
+        (11, 1.0, 513),
+        (11, 1.0, 1187),
+        (11, 1.0, 1188),
+        (11, 0.9999, 1187),
+        (11, 0.9999, 1188),
+    ];
+    let mut cases: Vec<(String, Vec<f32>, f32, u32)> = Vec::new();
+    for (kind, top_p, top_k) in of_kinds {
         let mut draw = Draw { salt: 77 + kind as u64, next: 0 };
-        let data = logits(vocab, kind, &mut draw);
-        let (seed, len, sorted) = (draw.word(), nucleus(&data, top_p, top_k), in_order(&data));
-        println!("kind {kind}, top_p {top_p}, top_k {top_k}: {len} tokens");
-        let ends = [sorted[len - 1], sorted[len.min(vocab - 1)]];
+        cases.push((format!("kind {kind}"), logits(vocab, kind, &mut draw), top_p, top_k));
+    }
+    for n in [2047, 2048, 2049] {
+        let row = crowded(vocab, n, &mut Draw { salt: n as u64, next: 0 });
+        assert_eq!(candidates(&row, 50), n);
+        cases.push((format!("{n} candidates"), row.clone(), 1.0, 50));
+        cases.push((format!("{n} candidates"), row, 0.8, 50));
+    }
+    let (mut failures, mut last_won, mut compared) = (Vec::new(), 0, 0);
+    for (name, data, top_p, top_k) in cases {
+        let (len, sorted) = (prefix(&data, top_p, top_k), in_order(&data));
+        println!("{name}, top_p {top_p}, top_k {top_k}: {len} tokens");
+        let (seed, ends) = (word(len as u64, 3), [sorted[len - 1], sorted[len.min(vocab - 1)]]);
         let asked: Vec<Lists> = ends
             .into_iter()
             .flat_map(|token| {
@@ -338,7 +385,24 @@ fn nuclei_end_at_the_reference_s_token() {
     }
     assert!(failures.is_empty(), "{} of {compared} differ: {failures:#?}", failures.len());
     assert!(last_won * 5 > compared, "the last token won {last_won} of {compared}: the ends were not tested");
-    println!("sampler: {compared} nuclei, the last token won {last_won}");
+    println!("sampler: {compared} prefixes, the last token won {last_won}");
+}
+
+/// A row of which the 50 groups of 128 with the largest values hold `n` tokens that reach the least of these values.
+fn crowded(vocab: usize, n: usize, draw: &mut Draw) -> Vec<f32> {
+    let mut row: Vec<f32> = (0..vocab).map(|_| -1.0 - draw.normal().abs()).collect();
+    for i in 0..n - 1 {
+        row[i % 49 * 128 + i / 49] = 5.1 + draw.below(50_000) as f32 / 10_000.0;
+    }
+    row[50 * 128 + 7] = 5.0;
+    row
+}
+
+/// Tokens that reach what the largest values of `k` groups of 128 reach.
+fn candidates(row: &[f32], k: usize) -> usize {
+    let mut largest: Vec<f32> = row.chunks(128).map(|g| g.iter().copied().fold(f32::MIN, f32::max)).collect();
+    largest.sort_by(|a, b| b.total_cmp(a));
+    row.iter().filter(|x| **x >= largest[k - 1]).count()
 }
 
 /// A row that only chooses.
@@ -363,14 +427,17 @@ fn in_order(row: &[f32]) -> Vec<u32> {
     ids
 }
 
-/// Tokens of the top-p prefix, from its definition.
-fn nucleus(row: &[f32], top_p: f32, top_k: u32) -> usize {
+/// Tokens that top-k and top-p keep, from their definition.
+fn prefix(row: &[f32], top_p: f32, top_k: u32) -> usize {
     let (max, _) = exact::row_max(row);
     let order = in_order(row);
     let limit = if top_k > 0 { top_k as usize } else { row.len() };
     let weights = || order[..limit].iter().map(|id| exact::exp_below(row[*id as usize], max));
     let all = if top_k > 0 { weights().fold(0.0, |s, w| s + w) } else { exact::sum_exp(row, max) };
     let mut sum = 0.0;
+    if top_p >= 1.0 {
+        return limit;
+    }
     let reached = weights().position(|w| {
         sum += w;
         sum >= top_p * all

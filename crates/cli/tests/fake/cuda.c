@@ -1,5 +1,5 @@
 // A stand-in for libcuda, NVRTC and cuBLASLt, all in one library: memory is the host's, launches compute nothing (but that the sampler's
-// first pass chooses token 7), and any call can be made to fail. It is strict where a card would corrupt memory silently: copies, launches and
+// first pass chooses token 7 and its words and answers are copied), and any call can be made to fail. It is strict where a card would corrupt memory silently: copies, launches and
 // replays are refused with a word and abort() unless every address lies in live memory, every kernel is loaded and the context is current.
 //
 // FAKE_CUDA: words of NAME=NUMBER. driver (13000), nvrtc (13000), devices (1), cc (90), init (0): what the machine is.
@@ -138,7 +138,8 @@ int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, Handle s) {
 // ---- kernels, streams, graphs ----
 // p: an address; P: one or none; f: four bytes.
 static const char *const KERNELS[][2] = {{"gather", "pppf"}, {"rms_norm", "pPppf"}, {"silu", "pp"}, {"qkv_prep", "pPPfppppppff"},
-    {"attention", "ppppppfpp"}, {"scan", "ppppp"}, {"weigh", "ppppfpp"}, {"filter", "ppppp"}, {"top", "pppppp"}, {"linear", ""}};
+    {"attention", "ppppppfpp"}, {"fetch", "ppf"}, {"scan", "pppppp"}, {"weigh", "ppppfppp"}, {"filter", "ppppppp"},
+    {"top", "ppppppp"}, {"publish", "ppf"}, {"linear", ""}};
 struct Module { int loaded; const char *name, *takes; };
 struct Launch { struct Module *module; u64 at[16]; int n; };
 struct Graph { struct Launch *launches; int n; };
@@ -180,8 +181,12 @@ int cuLaunchKernelEx(const u32 *config, struct Module *m, void **params, void **
         capturing->launches = realloc(capturing->launches, (capturing->n + 1) * sizeof l);
         capturing->launches[capturing->n++] = l;
     } else if (!strcmp(m->name, "scan")) {
-        u64 *answers = *(u64 **)params[4];
+        u64 *answers = *(u64 **)params[5];
         for (u32 row = 0; row < config[1]; row++) answers[5 * row] = 1ull << 63 | (u32)~7u;
+    } else if (!strcmp(m->name, "fetch") || !strcmp(m->name, "publish")) {
+        u64 bytes = 4 * *(u32 *)params[2];
+        for (int i = 0; i < 2; i++) live(m->name, l.at[i], bytes);
+        memcpy((void *)l.at[1], (void *)l.at[0], bytes);
     }
     return 0;
 }

@@ -55,6 +55,17 @@ pub struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
+    /// Its address, for kernels too.
+    pub fn ptr(&self) -> u64 {
+        self.ptr.expose_provenance() as u64
+    }
+
+    /// The words. The caller sees to it that no kernel that writes them is still under way.
+    pub fn words(&self) -> &[u32] {
+        // SAFETY: as in `words_mut`.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.words) }
+    }
+
     /// The words.
     pub fn words_mut(&mut self) -> &mut [u32] {
         // SAFETY: allocated with that many words, all initialised; `&mut self` makes the access exclusive.
@@ -101,40 +112,6 @@ impl Pinned {
         // SAFETY: both ranges were just checked; the rest is the caller's promise.
         self.device.check("cuMemcpyHtoDAsync", unsafe {
             (self.device.api().copy_to_device)(to.ptr, self.ptr.cast(), bytes, stream.handle())
-        })
-    }
-}
-
-impl Pinned {
-    /// The words. The caller sees to it that no queued copy into them is still under way.
-    pub fn words(&self) -> &[u32] {
-        // SAFETY: as in `words_mut`.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.words) }
-    }
-
-    /// Queues a copy of the first `words` words of `from` to word `offset`.
-    ///
-    /// # Safety
-    /// The words must not be looked at before the stream has passed the copy, nor be dropped.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub unsafe fn copy_from(
-        &mut self,
-        stream: &Stream,
-        from: &Buffer,
-        words: usize,
-        offset: usize,
-    ) -> Result<()> {
-        assert!(
-            offset + words <= self.words && words * 4 <= from.bytes,
-            "{words} words at {offset} of {}",
-            self.words
-        );
-        // SAFETY: both ranges were just checked; the rest is the caller's promise.
-        self.device.check("cuMemcpyDtoHAsync", unsafe {
-            let to = self.ptr.add(offset).cast();
-            (self.device.api().copy_to_host)(to, from.ptr, words * 4, stream.handle())
         })
     }
 }

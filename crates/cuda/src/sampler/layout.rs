@@ -22,6 +22,7 @@ const COUNTED: u32 = 256;
 const MASKED: u32 = 512;
 const SCORED: u32 = 1024;
 const WHOLE_SUM: u32 = 2048;
+const SEARCHED: u32 = 4096;
 
 /// A step's rows as the kernels read them: zeroed answers, the rows, lists of rows, then what rows refer to.
 pub(super) struct Step {
@@ -33,7 +34,7 @@ pub(super) struct Step {
     pub filtered: List,
     /// Rows with logprobs.
     pub reported: List,
-    /// Rows whose changed logits are kept.
+    /// Rows whose changed logits are kept: those of filters that are more than raw ones over the temperature.
     pub kept: usize,
     /// Best tokens of all rows together.
     pub tops: usize,
@@ -94,7 +95,7 @@ impl Step {
                 step.kept += 1;
             }
             words[2] = flags;
-            let filtered = flags & STORE != 0 && flags & LATE_RACE == 0;
+            let filtered = flags & SEARCHED != 0 && flags & LATE_RACE == 0;
             let members = [flags & (WHOLE_SUM | LATE_RACE) != 0, filtered, flags & LOGPROBS != 0];
             for (list, member) in lists.iter_mut().zip(members) {
                 list.extend(member.then_some(i as u32));
@@ -158,10 +159,10 @@ impl Step {
         } else {
             flags |= if p.temperature == 1.0 { 0 } else { SCALED };
             flags |= match (limited, p.top_p < 1.0) {
-                (false, false) if p.min_p > 0.0 => LATE_RACE | STORE,
+                (false, false) if p.min_p > 0.0 => LATE_RACE | SEARCHED,
                 (false, false) => RACE,
-                (false, true) => STORE | WHOLE_SUM,
-                (true, _) => STORE,
+                (false, true) => SEARCHED | WHOLE_SUM,
+                (true, _) => SEARCHED,
             };
         }
         if let Some(mask) = &choice.allowed {
@@ -188,6 +189,10 @@ impl Step {
         if flags & (REPETITION | COUNTED) != 0 {
             let output = self.append(choice.output.iter().copied());
             (words[21], words[22]) = (output.at as u32, output.len as u32);
+        }
+        let edited = flags & (MASKED | REPETITION | COUNTED) != 0 || pairs.len + forbidden.len > 0;
+        if flags & SEARCHED != 0 && edited {
+            flags |= STORE;
         }
         flags
     }
@@ -271,18 +276,45 @@ mod tests {
         let expected = [
             GREEDY,
             RACE,
-            LATE_RACE | STORE,
-            STORE | WHOLE_SUM,
-            STORE,
+            LATE_RACE | SEARCHED,
+            SEARCHED | WHOLE_SUM,
+            SEARCHED,
             RACE, // k = vocabulary keeps all
             SCALED | RACE,
         ];
         for (i, flags_of) in expected.into_iter().enumerate() {
             assert_eq!(flags(&step, i), CHOOSE | flags_of, "row {i}");
         }
-        assert_eq!((step.weighed.len, step.filtered.len, step.reported.len, step.kept), (2, 2, 0, 3));
+        assert_eq!((step.weighed.len, step.filtered.len, step.reported.len, step.kept), (2, 2, 0, 0));
         assert_eq!(step.words[step.weighed.at..][..2], [2, 3]);
         assert_eq!(step.words[step.filtered.at..][..2], [3, 4]);
+    }
+
+    #[test]
+    fn changed_logits_are_kept_where_filters_need_more_than_the_temperature() {
+        let params = RowParams { top_k: 5, temperature: 0.5, ..RowParams::default() };
+        let mask = Arc::new(BitMask::from_ids(1000, [3, 40]));
+        let penalty = |f: &dyn Fn(&mut RowParams)| {
+            let mut params = params.clone();
+            f(&mut params);
+            row(params, &[], None)
+        };
+        let forbids =
+            RowChoice { forbidden: &[2], ..row(params.clone(), &[], None).choose.expect("a choice") };
+        let rows = [
+            row(params.clone(), &[], None),
+            row(params.clone(), &[(1, 1.0)], None),
+            row(params.clone(), &[], Some(&mask)),
+            penalty(&|p| p.repetition_penalty = 2.0),
+            penalty(&|p| p.presence_penalty = 2.0),
+            penalty(&|p| p.frequency_penalty = 2.0),
+            SampleRow { choose: Some(forbids), ..row(params.clone(), &[], None) },
+            row(RowParams::default(), &[(1, 1.0)], None), // no filter
+        ];
+        let step = Step::new(1000, &rows);
+        let kept: Vec<bool> = (0..rows.len()).map(|i| flags(&step, i) & STORE != 0).collect();
+        assert_eq!(kept, [false, true, true, true, true, true, true, false]);
+        assert_eq!(step.kept, 6);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Up to five launches, each only if some row needs it: a pass over all logits (NaN, the largest, Gumbel-max without filters); a
 //! second one over rows with top-p or min-p; a block for each row with filters; a pass for ranks and log-sum-exp; a block for each
-//! row with logprobs. Nothing is decided on the host in between.
+//! row with logprobs. Nothing is decided on the host in between. Two small kernels around them read the step's words from the host's
+//! memory and write the answers there: a copy and its way to another engine and back would take longer than most steps' passes.
 
 use bitfast_ops::{RowSample, SampleRow};
 
@@ -15,16 +16,18 @@ mod layout;
 
 use layout::Step;
 
+const CARRY: &[&str] = &[include_str!("../../kernels/sampler_carry.cu")];
 const SHARED: &str = include_str!("../../kernels/sampler.cuh");
 const SCAN: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_scan.cu")];
 const WEIGH: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_weigh.cu")];
 const SELECT: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_select.cu")];
 
-/// Tokens that a block of a row pass takes at a time.
+/// Tokens that a block of a row pass takes at a time, and a warp of it.
 const UNIT: usize = 2048;
+const GROUP: usize = 128;
 /// Threads of the row passes and of the blocks that put a row in order.
 const PASS_THREADS: u32 = 256;
-const ORDER_THREADS: u32 = 1024;
+const ORDER_THREADS: u32 = 512;
 
 /// A launch of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,19 +53,22 @@ pub struct Sampler {
     device: Device,
     vocab: usize,
     max_rows: usize,
+    fetch: Kernel,
     scan: Kernel,
     weigh: Kernel,
     filter: Kernel,
     top: Kernel,
+    publish: Kernel,
     /// Changed logits of rows with filters.
     kept: Buffer,
     /// Sums of 128 weights, of one pass at a time.
     runs: Buffer,
+    /// The largest of each group of neighbours, likewise.
+    largest: Buffer,
     /// A step's words, and the same on the host.
     words: Buffer,
     words_host: Pinned,
-    tops: Buffer,
-    /// Answers, then best tokens.
+    /// Answers, then best tokens; kernels write here.
     answers_host: Pinned,
     under_way: Option<Step>,
 }
@@ -74,22 +80,24 @@ impl Sampler {
     /// # Errors
     /// The compiler's or the driver's.
     pub fn new(device: &Device, jit: &Jit, vocab: usize, max_rows: usize) -> Result<Self> {
-        let [scan, weigh, select] = Self::sources(vocab).map(|source| jit.cubin(&source));
-        let select = select?;
+        let [carry, scan, weigh, select] = Self::sources(vocab).map(|source| jit.cubin(&source));
+        let (carry, select) = (carry?, select?);
         let words = max_rows * 256;
         Ok(Self {
             device: device.clone(),
             vocab,
             max_rows,
+            fetch: device.kernel(&carry, "fetch", 0)?,
             scan: device.kernel(&scan?, "scan", 0)?,
             weigh: device.kernel(&weigh?, "weigh", 0)?,
             filter: device.kernel(&select, "filter", 0)?,
             top: device.kernel(&select, "top", 0)?,
+            publish: device.kernel(&carry, "publish", 0)?,
             kept: device.alloc(max_rows * vocab * 4)?,
             runs: device.alloc(max_rows * run_bytes(vocab))?,
+            largest: device.alloc(max_rows * largest_bytes(vocab))?,
             words: device.alloc(words * 4)?,
             words_host: device.pinned(words)?,
-            tops: device.alloc(max_rows * 32 * 8)?,
             answers_host: device.pinned(Step::answer_words(max_rows) + max_rows * 64)?,
             under_way: None,
         })
@@ -97,14 +105,19 @@ impl Sampler {
 
     /// Device memory that [`Self::new`] takes, nearly: the changed logits of every row.
     pub fn device_bytes(vocab: usize, max_rows: usize) -> u64 {
-        (max_rows * (vocab * 4 + run_bytes(vocab) + 1024 + 32 * 8)) as u64
+        (max_rows * (vocab * 4 + run_bytes(vocab) + largest_bytes(vocab) + 1024)) as u64
     }
 
     /// The kernels for a vocabulary, to compile them ahead of [`Self::new`].
-    pub fn sources(vocab: usize) -> [KernelSource; 3] {
-        let source =
-            |name, parts| KernelSource { name, parts, defines: vec![("VOCAB", vocab as i64)], wgmma_n: None };
-        [source("sampler_scan", SCAN), source("sampler_weigh", WEIGH), source("sampler_select", SELECT)]
+    pub fn sources(vocab: usize) -> [KernelSource; 4] {
+        let source = |name, parts, defines| KernelSource { name, parts, defines, wgmma_n: None };
+        let of_vocab = || vec![("VOCAB", vocab as i64)];
+        [
+            source("sampler_carry", CARRY, vec![]),
+            source("sampler_scan", SCAN, of_vocab()),
+            source("sampler_weigh", WEIGH, of_vocab()),
+            source("sampler_select", SELECT, of_vocab()),
+        ]
     }
 
     /// [`Self::enqueue`], then [`Self::collect`].
@@ -138,16 +151,14 @@ impl Sampler {
         }
         let step = Step::new(self.vocab, rows);
         if !rows.is_empty() {
-            self.upload(stream, &step)?;
-            self.launch(stream, logits, &step)?;
-            let answers = Step::answer_words(step.rows);
-            // SAFETY: `collect` waits for the stream before it looks at the answers, and no buffer goes before.
-            unsafe {
-                self.answers_host.copy_from(stream, &self.words, answers, 0)?;
-                if step.tops > 0 {
-                    self.answers_host.copy_from(stream, &self.tops, 2 * step.tops, answers)?;
-                }
+            self.make_room(&step)?;
+            self.words_host.words_mut()[..step.words.len()].copy_from_slice(&step.words);
+            let (words, answers) = (step.words.len(), Step::answer_words(step.rows));
+            self.carry(stream, &self.fetch, self.words_host.ptr(), self.words.ptr(), words)?;
+            for pass in Pass::ALL {
+                self.pass(stream, logits, &step, pass)?;
             }
+            self.carry(stream, &self.publish, self.words.ptr(), self.answers_host.ptr(), answers)?;
         }
         self.under_way = Some(step);
         Ok(())
@@ -166,24 +177,28 @@ impl Sampler {
         Ok(step.parse(answers, tops))
     }
 
-    /// Copies a step's words to the device; makes room if rows bring long lists or ask for many tokens.
-    fn upload(&mut self, stream: &Stream, step: &Step) -> Result<()> {
+    /// Makes room if rows bring long lists or ask for many tokens.
+    fn make_room(&mut self, step: &Step) -> Result<()> {
         let words = step.words.len();
         if words > self.words_host.len() {
             let size = words.next_power_of_two();
             self.words = self.device.alloc(size * 4)?;
             self.words_host = self.device.pinned(size)?;
         }
-        if step.tops * 8 > self.tops.len() {
-            self.tops = self.device.alloc((step.tops * 8).next_power_of_two())?;
-        }
         let answers = Step::answer_words(step.rows) + step.tops * 2;
         if answers > self.answers_host.len() {
             self.answers_host = self.device.pinned(answers.next_power_of_two())?;
         }
-        self.words_host.words_mut()[..words].copy_from_slice(&step.words);
-        // SAFETY: the host words change in the next step only, which comes after `collect`.
-        unsafe { self.words_host.copy_to(stream, words, &self.words) }
+        Ok(())
+    }
+
+    /// Words from the host's memory to the device's, or back.
+    fn carry(&self, stream: &Stream, kernel: &Kernel, from: u64, to: u64, words: usize) -> Result<()> {
+        let blocks = words.div_ceil(4 * PASS_THREADS as usize).min(self.device.sms()) as u32;
+        let launch = Launch { grid: [blocks, 1, 1], threads: PASS_THREADS, overlap: Overlap::WithPrevious };
+        // SAFETY: both hold so many words. Those on the host change in the next step only, which comes after `collect`, which waits for the stream
+        // before it looks at the answers; no buffer goes before.
+        unsafe { kernel.launch(stream, launch, &[Arg::Ptr(from), Arg::Ptr(to), Arg::I32(words as i32)]) }
     }
 
     /// The kernels of the step under way, in order, and how many rows each one works on.
@@ -202,50 +217,41 @@ impl Sampler {
     /// The driver's.
     pub fn repeat(&self, stream: &Stream, logits: &Buffer, pass: Pass) -> Result<()> {
         let step = self.under_way.as_ref().expect("a step was queued");
-        self.pass(stream, logits, step, pass, Overlap::WithPrevious)
-    }
-
-    fn launch(&self, stream: &Stream, logits: &Buffer, step: &Step) -> Result<()> {
-        for pass in Pass::ALL {
-            // The first one follows a copy.
-            let overlap = if pass == Pass::Scan { Overlap::None } else { Overlap::WithPrevious };
-            self.pass(stream, logits, step, pass, overlap)?;
-        }
-        Ok(())
+        self.pass(stream, logits, step, pass)
     }
 
     /// One kernel, if any row needs it.
-    fn pass(
-        &self,
-        stream: &Stream,
-        logits: &Buffer,
-        step: &Step,
-        pass: Pass,
-        overlap: Overlap,
-    ) -> Result<()> {
+    fn pass(&self, stream: &Stream, logits: &Buffer, step: &Step, pass: Pass) -> Result<()> {
         let list = step.list(pass);
         if list.len == 0 {
             return Ok(());
         }
         let words = self.words.ptr();
-        let (answers, rows, list_at) = (words, words + step.rows_at() as u64, words + list.at as u64 * 4);
-        let [logits, kept, runs, tops] = [logits, &self.kept, &self.runs, &self.tops].map(Buffer::ptr);
-        let whole =
-            Launch { grid: [self.parts(list.len), list.len as u32, 1], threads: PASS_THREADS, overlap };
-        let order = Launch { grid: [list.len as u32, 1, 1], threads: ORDER_THREADS, overlap };
-        let [logits, kept, runs, tops, words, answers, rows, list_at] =
-            [logits, kept, runs, tops, words, answers, rows, list_at].map(Arg::Ptr);
+        let [words, rows, list_at] = [0, step.rows_at(), 4 * list.at].map(|at| Arg::Ptr(words + at as u64));
+        let tops = Arg::Ptr(self.answers_host.ptr() + 4 * Step::answer_words(step.rows) as u64);
+        let [logits, kept, runs, largest, answers] =
+            [logits, &self.kept, &self.runs, &self.largest, &self.words].map(|buffer| Arg::Ptr(buffer.ptr()));
+        let (overlap, rows_here) = (Overlap::WithPrevious, list.len as u32);
+        let whole = Launch { grid: [self.parts(list.len), rows_here, 1], threads: PASS_THREADS, overlap };
+        let order = Launch { grid: [rows_here, 1, 1], threads: ORDER_THREADS, overlap };
         let raw = Arg::I32((pass == Pass::WeighRaw).into());
-        // SAFETY: the kernels' signatures. Rows of logits were checked; `kept` and `runs` have room for `max_rows` rows, `tops` for the step's
-        // tokens; the lists that rows refer to lie in `words`.
+        // SAFETY: the kernels' signatures. Rows of logits were checked; `kept`, `runs` and `largest` have room for `max_rows` rows, the answers on the
+        // host for the step's tokens; the lists that rows refer to lie in `words`.
         unsafe {
             match pass {
-                Pass::Scan => self.scan.launch(stream, whole, &[logits, words, rows, kept, answers]),
+                Pass::Scan => self.scan.launch(stream, whole, &[logits, words, rows, kept, largest, answers]),
                 Pass::Weigh | Pass::WeighRaw => {
-                    self.weigh.launch(stream, whole, &[logits, kept, rows, list_at, raw, runs, answers])
+                    let args = [logits, kept, rows, list_at, raw, runs, largest, answers];
+                    self.weigh.launch(stream, whole, &args)
                 }
-                Pass::Filter => self.filter.launch(stream, order, &[kept, rows, list_at, runs, answers]),
-                Pass::Top => self.top.launch(stream, order, &[logits, rows, list_at, runs, tops, answers]),
+                Pass::Filter => {
+                    let args = [logits, kept, rows, list_at, runs, largest, answers];
+                    self.filter.launch(stream, order, &args)
+                }
+                Pass::Top => {
+                    let args = [logits, rows, list_at, runs, largest, tops, answers];
+                    self.top.launch(stream, order, &args)
+                }
             }
         }
     }
@@ -259,4 +265,9 @@ impl Sampler {
 /// Bytes of one row's sums of 128 weights, eight for each chunk of 1024.
 fn run_bytes(vocab: usize) -> usize {
     vocab.div_ceil(1024) * 8 * 4
+}
+
+/// Bytes of one row's largest values.
+fn largest_bytes(vocab: usize) -> usize {
+    vocab.div_ceil(GROUP) * 4
 }
