@@ -22,7 +22,7 @@ pub enum Error {
     #[error("prompt: maximum context length is {max_model_len} tokens, but the prompt has {prompt_tokens}")]
     PromptTooLong {
         /// Tokens in the prompt.
-        prompt_tokens: usize,
+        prompt_tokens: PromptLength,
         /// The engine's limit.
         max_model_len: usize,
     },
@@ -98,6 +98,24 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+}
+
+/// Tokens of a prompt that is too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PromptLength {
+    /// So many.
+    Exactly(usize),
+    /// So many and more: the rest of its text was not encoded.
+    AtLeast(usize),
+}
+
+impl std::fmt::Display for PromptLength {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exactly(tokens) => write!(f, "{tokens}"),
+            Self::AtLeast(tokens) => write!(f, "at least {tokens}"),
+        }
+    }
 }
 
 impl Error {

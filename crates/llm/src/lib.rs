@@ -38,7 +38,7 @@ pub use bitfast_text::{
     AnswerParser, AnswerPart, ChatMessage, Grammar, PromptEnd, RenderOptions, SpecialTokens, Thinking,
     Tokenizer, ToolFormat, ToolParser, UnixTime, UnknownToolFormat,
 };
-pub use error::{Error, Result};
+pub use error::{Error, PromptLength, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};
 pub use fleet::Fleet;
 pub use llm::LLM;

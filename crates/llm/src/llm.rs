@@ -4,11 +4,13 @@ use std::sync::mpsc;
 
 use bitfast_engine::{EngineHandle, EngineInfo, EngineRequest, Event, RequestGuard, StepRecord};
 use bitfast_model::GenerationConfig;
-use bitfast_text::{ChatMessage, ChatTemplate, RenderOptions, Thinking, Tokenizer, ToolFormat, UnixTime};
+use bitfast_text::{
+    ChatMessage, ChatTemplate, Encoded, RenderOptions, Thinking, Tokenizer, ToolFormat, UnixTime,
+};
 
 use crate::args::EngineArgs;
 use crate::assemble::{Assembler, Setup, Step};
-use crate::error::{Error, Result};
+use crate::error::{Error, PromptLength, Result};
 use crate::fetch::Progress;
 use crate::fleet::Fleet;
 use crate::load;
@@ -183,6 +185,7 @@ impl LLM {
         Ok(Prepared {
             sampling,
             text,
+            most_tokens: params.most_prompt_tokens(self.info().max_model_len),
             keep_tokens: params.truncate_prompt_tokens.map_or(usize::MAX, |keep| keep as usize),
             priority: params.priority,
             cache_salt: params.cache_salt.clone(),
@@ -210,8 +213,8 @@ impl LLM {
     ) -> Result<(Assembler, RequestGuard)> {
         let number = self.next_id.fetch_add(1, Ordering::Relaxed).to_string();
         let info = self.fleet.info();
-        let Prepared { sampling, text, keep_tokens, priority, cache_salt } = prepared.clone();
-        let (prompt_text, mut prompt_token_ids) = self.encode(prompt)?;
+        let Prepared { sampling, text, most_tokens, keep_tokens, priority, cache_salt } = prepared.clone();
+        let (prompt_text, mut prompt_token_ids) = self.encode(prompt, most_tokens)?;
         prompt_token_ids.drain(..prompt_token_ids.len().saturating_sub(keep_tokens));
         let assembler = Assembler::new(Setup {
             request_id: id.unwrap_or_else(|| number.clone()),
@@ -351,14 +354,31 @@ impl LLM {
         self.template().is_ok_and(Thinking::in_template)
     }
 
-    /// Token ids of a text; `add_special` adds what the model wants around one.
-    pub fn encode_text(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let tokenizer = self.tokenizer.as_ref().ok_or(Error::NoTokenizer { what: "a text prompt" })?;
+    /// Token ids of a text; `add_special` adds what the model wants around one. A long text that turns out to have more than
+    /// `most` is not read to its end.
+    pub fn encode_text(&self, text: &str, add_special: bool, most: usize) -> Result<Vec<u32>> {
+        self.encode_named(text, "a text prompt", add_special, most)
+    }
+
+    fn encode_named(
+        &self,
+        text: &str,
+        what: &'static str,
+        add_special: bool,
+        most: usize,
+    ) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer.as_ref().ok_or(Error::NoTokenizer { what })?;
         if text.is_empty() {
             return Err(Error::invalid("prompt", "must not be empty"));
         }
-        let ids = tokenizer.encode(text, add_special);
-        ids.map_err(|e| Error::Text { what: "tokenizer", message: e.to_string() })
+        let encoded = tokenizer.encode_until(text, add_special, most);
+        match encoded.map_err(|e| Error::Text { what: "tokenizer", message: e.to_string() })? {
+            Encoded::Ids(ids) => Ok(ids),
+            Encoded::TooMany(tokens) => Err(Error::PromptTooLong {
+                prompt_tokens: PromptLength::AtLeast(tokens),
+                max_model_len: most,
+            }),
+        }
     }
 
     fn template(&self) -> Result<&ChatTemplate> {
@@ -377,14 +397,9 @@ impl LLM {
     }
 
     /// The text (when there is one) and the token ids of a prompt.
-    fn encode(&self, prompt: Prompt) -> Result<(Option<String>, Vec<u32>)> {
+    fn encode(&self, prompt: Prompt, most: usize) -> Result<(Option<String>, Vec<u32>)> {
         let encode = |text: String, what: &'static str, add_special: bool| {
-            let tokenizer = self.tokenizer.as_ref().ok_or(Error::NoTokenizer { what })?;
-            if text.is_empty() {
-                return Err(Error::invalid("prompt", "must not be empty"));
-            }
-            let ids = tokenizer.encode(&text, add_special);
-            let ids = ids.map_err(|e| Error::Text { what: "tokenizer", message: e.to_string() })?;
+            let ids = self.encode_named(&text, what, add_special, most)?;
             Ok((Some(text), ids))
         };
         match prompt {

@@ -119,6 +119,11 @@ impl SamplingParams {
     pub fn greedy() -> Self {
         Self { temperature: Some(0.0), ..Self::default() }
     }
+
+    /// Most tokens that the text of a prompt may have: as many as fit, unless it is cut.
+    pub fn most_prompt_tokens(&self, max_model_len: usize) -> usize {
+        if self.truncate_prompt_tokens.is_some() { usize::MAX } else { max_model_len }
+    }
 }
 
 /// What of the parameters concerns text; the rest went to the engine.
@@ -136,6 +141,8 @@ pub(crate) struct TextParams {
 pub struct Prepared {
     pub(crate) sampling: engine::SamplingParams,
     pub(crate) text: TextParams,
+    /// See [`SamplingParams::most_prompt_tokens`].
+    pub(crate) most_tokens: usize,
     /// Of the prompt's last ones.
     pub(crate) keep_tokens: usize,
     pub(crate) priority: i32,

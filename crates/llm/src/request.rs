@@ -4,7 +4,7 @@ use bitfast_engine::{Event, Failure, RequestGuard};
 use bitfast_text::ChatMessage;
 
 use crate::assemble::{Assembler, Chunk, Step};
-use crate::error::{Error, Result};
+use crate::error::{Error, PromptLength, Result};
 use crate::fleet::Fleet;
 use crate::output::RequestOutput;
 use crate::params::SamplingParams;
@@ -138,7 +138,7 @@ impl From<bitfast_engine::SubmitError> for Error {
         match error {
             E::Invalid(e) => Self::invalid(e.param, e.message),
             E::PromptTooLong { prompt_tokens, max_model_len } => {
-                Self::PromptTooLong { prompt_tokens, max_model_len }
+                Self::PromptTooLong { prompt_tokens: PromptLength::Exactly(prompt_tokens), max_model_len }
             }
             E::QueueFull { limit } => Self::QueueFull { limit },
             E::NeverFits { .. } => Self::invalid("max_tokens", error.to_string()),

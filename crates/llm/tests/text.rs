@@ -4,9 +4,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitfast_llm::{
-    ChatMessage, EngineArgs, Error, FinishReason, LLM, LoadFormat, Prompt, Request, RequestOutput,
-    SamplingParams, StopReason,
+    ChatMessage, EngineArgs, Error, FinishReason, LLM, LoadFormat, Prompt, PromptLength, Request,
+    RequestOutput, SamplingParams, StopReason,
 };
+use bitfast_text::GgufVocab;
 
 fn llm_with(change: impl FnOnce(&mut EngineArgs)) -> LLM {
     let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bytes-tokenizer");
@@ -242,6 +243,29 @@ fn mistakes_name_the_parameter() {
         mute.generate([vec![5u32, 6000]], &SamplingParams::greedy()),
         Err(Error::InvalidParam { .. })
     ));
+}
+
+#[test]
+fn a_text_that_cannot_fit_is_not_read_to_its_end() {
+    let tiny = llm_with(|args| args.max_model_len = Some(64));
+    let tokens = ["a", "b", "Ġ", "<s>", "</s>"].map(str::to_owned).to_vec();
+    let pre = Some("llama-bpe".to_owned());
+    let vocab = GgufVocab { model: "gpt2".into(), tokens, pre, eos_ids: vec![4], ..GgufVocab::default() };
+    let tokenizer = bitfast_llm::Tokenizer::from_gguf(vocab).unwrap();
+    let llm = LLM::over("tiny", vec![tiny.engine().clone()], Some(tokenizer));
+    let text = "ab ab".repeat(200_000);
+    let refused = |text: &str| match llm.generate([text], &SamplingParams::greedy()) {
+        Err(Error::PromptTooLong { prompt_tokens, max_model_len: 64 }) => prompt_tokens,
+        other => panic!("{other:?}"),
+    };
+    let PromptLength::AtLeast(tokens) = refused(&text) else { panic!("it was read to its end") };
+    assert!((65..200_000).contains(&tokens), "{tokens}");
+    assert_eq!(refused(&text[..100]), PromptLength::Exactly(100));
+    // What is cut has to be read.
+    let keep =
+        SamplingParams { truncate_prompt_tokens: Some(5), max_tokens: Some(1), ..SamplingParams::greedy() };
+    assert_eq!(one(&llm, text.as_str(), keep).prompt_token_ids, [0, 1, 2, 0, 1]);
+    assert_eq!(llm.encode_text(&text, false, usize::MAX).unwrap().len(), text.len());
 }
 
 #[test]

@@ -205,6 +205,8 @@ impl From<bitfast_llm::Error> for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use bitfast_llm::PromptLength;
+
     use super::*;
 
     #[test]
@@ -215,12 +217,18 @@ mod tests {
         let error = from(bitfast_llm::Error::QueueFull { limit: 3 });
         assert_eq!(error.clone().into_response().headers()[header::RETRY_AFTER], "1");
         assert_eq!(error.status().as_u16(), 503);
-        let error = from(bitfast_llm::Error::PromptTooLong { prompt_tokens: 9, max_model_len: 8 });
+        let error = from(bitfast_llm::Error::PromptTooLong {
+            prompt_tokens: PromptLength::Exactly(9),
+            max_model_len: 8,
+        });
         assert!(error.message.contains("maximum context length is 8 tokens"), "{}", error.message);
         let renamed =
             ApiError::invalid("logprobs", "logprobs: at most 20").renamed("logprobs", "top_logprobs");
         assert_eq!(renamed.message, "top_logprobs: at most 20");
-        let long = from(bitfast_llm::Error::PromptTooLong { prompt_tokens: 9, max_model_len: 8 });
+        let long = from(bitfast_llm::Error::PromptTooLong {
+            prompt_tokens: PromptLength::Exactly(9),
+            max_model_len: 8,
+        });
         let renamed = long.renamed("prompt", "messages");
         assert_eq!(renamed.param.as_deref(), Some("messages"));
         assert!(renamed.message.ends_with("but the prompt has 9."), "{}", renamed.message);

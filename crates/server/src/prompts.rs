@@ -61,11 +61,14 @@ pub(crate) fn rank(headers: &HeaderMap) -> Result<Option<usize>, ApiError> {
     rank.map(Some).ok_or_else(refused)
 }
 
-/// Token ids of every prompt, in order.
+/// Token ids of every prompt, in order. Each may have `most`, see [`SamplingParams::most_prompt_tokens`].
+///
+/// [`SamplingParams::most_prompt_tokens`]: bitfast_llm::SamplingParams::most_prompt_tokens
 pub(crate) async fn encode(
     state: &Arc<AppState>,
     form: PromptForm,
     add_special: bool,
+    most: usize,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
     let (count, limit) = (form.count(), state.llm.info().config.max_queued);
     if count > limit {
@@ -83,7 +86,7 @@ pub(crate) async fn encode(
     };
     let bytes = texts.iter().map(String::len).sum();
     let work = move |state: &AppState| {
-        texts.iter().map(|text| Ok(state.llm.encode_text(text, add_special)?)).collect()
+        texts.iter().map(|text| Ok(state.llm.encode_text(text, add_special, most)?)).collect()
     };
     if bytes <= LONG_TEXT_BYTES {
         return work(state);
@@ -92,13 +95,14 @@ pub(crate) async fn encode(
     state.texts.work(bytes, move || work(&held)).await
 }
 
-/// Token ids and text of a conversation, which came in a body of so many bytes.
+/// Token ids and text of a conversation, which came in a body of so many bytes. It may have `most`, as above.
 pub(crate) async fn encode_chat(
     state: &Arc<AppState>,
     bytes: usize,
     messages: Vec<ChatMessage>,
     options: RenderOptions,
     add_special: bool,
+    most: usize,
 ) -> Result<(Vec<u32>, String), ApiError> {
     let held = Arc::clone(state);
     // Templates can be slow whatever the length: always aside.
@@ -107,7 +111,7 @@ pub(crate) async fn encode_chat(
             return Err(ApiError::invalid("messages", "messages: must not be empty"));
         }
         let text = held.llm.render_chat(&messages, &options)?;
-        Ok((held.llm.encode_text(&text, add_special)?, text))
+        Ok((held.llm.encode_text(&text, add_special, most)?, text))
     };
     state.texts.work(bytes, work).await.map_err(|error| error.renamed("prompt", "messages"))
 }

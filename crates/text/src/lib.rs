@@ -52,4 +52,4 @@ pub use grammar::{
     MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_GRAMMAR_DEPTH,
 };
 pub use stop::{InvalidStop, MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopOutcome, StopStrings, StopText};
-pub use tokenizer::{GgufVocab, Tokenizer, TokenizerError};
+pub use tokenizer::{Encoded, GgufVocab, Tokenizer, TokenizerError};

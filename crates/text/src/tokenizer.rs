@@ -23,6 +23,15 @@ pub struct Tokenizer {
     shared: Arc<Shared>,
 }
 
+/// What encoding up to a limit gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Encoded {
+    /// All ids of the text.
+    Ids(Vec<u32>),
+    /// It has at least so many.
+    TooMany(usize),
+}
+
 struct Shared {
     encoder: tokenizers::Tokenizer,
     /// Where long texts may be cut.
@@ -68,6 +77,20 @@ impl Tokenizer {
     /// what the model wants around a text (often a begin token); a rendered chat template has it
     /// already.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        match self.encode_until(text, add_special, usize::MAX)? {
+            Encoded::Ids(ids) => Ok(ids),
+            Encoded::TooMany(_) => unreachable!("no text has so many ids"),
+        }
+    }
+
+    /// [`encode`](Self::encode), which stops when more than `limit` ids are known and some of the text is left. Texts that cannot be
+    /// cut have ids beyond the limit.
+    pub fn encode_until(
+        &self,
+        text: &str,
+        add_special: bool,
+        limit: usize,
+    ) -> Result<Encoded, TokenizerError> {
         if let Some(start) = endless_space(text) {
             let limit = MAX_WHITE_SPACE;
             return Err(TokenizerError::Encode(format!(
@@ -75,26 +98,32 @@ impl Tokenizer {
             )));
         }
         match &self.shared.cuts {
-            Some(cuts) if text.len() > PART_BYTES => self.encode_parts(cuts, text, PART_BYTES, add_special),
-            _ => self.encode_whole(text, add_special),
+            Some(cuts) if text.len() > PART_BYTES => {
+                self.encode_parts(cuts, text, PART_BYTES, add_special, limit)
+            }
+            _ => self.encode_whole(text, add_special).map(Encoded::Ids),
         }
     }
 
-    /// As [`encode_whole`](Self::encode_whole), part by part.
+    /// As [`encode_whole`](Self::encode_whole), part by part, while there are no more than `limit` ids.
     fn encode_parts(
         &self,
         cuts: &Cuts,
         text: &str,
         least: usize,
         add_special: bool,
-    ) -> Result<Vec<u32>, TokenizerError> {
+        limit: usize,
+    ) -> Result<Encoded, TokenizerError> {
         let around = |ids: &[u32]| if add_special { ids.to_vec() } else { Vec::new() };
         let mut ids = around(&cuts.before);
         for part in cut::parts(text, least) {
+            if ids.len() > limit {
+                return Ok(Encoded::TooMany(ids.len()));
+            }
             ids.extend(self.encode_whole(part, false)?);
         }
         ids.extend(around(&cuts.after));
-        Ok(ids)
+        Ok(Encoded::Ids(ids))
     }
 
     fn encode_whole(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {

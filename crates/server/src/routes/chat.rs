@@ -64,7 +64,8 @@ async fn understand(
     let formats = &state.formats;
     let offer = Offer::new(&fields, formats)?;
     let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
-    let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special).await?;
+    let most = params.most_prompt_tokens(state.llm.info().max_model_len);
+    let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special, most).await?;
     let thinking = formats.thinks.then(|| Thinking::after(&text));
     let demanded = offer.demand(formats, thinking);
     let asked = crate::structured::asked(&common)?;

@@ -70,7 +70,9 @@ async fn understand(
     let asked = crate::structured::asked(&common)?;
     crate::structured::apply(state, asked, None, None, &mut params).await?;
     let rank = prompts::rank(headers)?;
-    let prompts = prompts::encode(state, fields.prompt, fields.add_special_tokens.unwrap_or(true)).await?;
+    let add_special = fields.add_special_tokens.unwrap_or(true);
+    let most = params.most_prompt_tokens(state.llm.info().max_model_len);
+    let prompts = prompts::encode(state, fields.prompt, add_special, most).await?;
     Ok((form, stream, Job { prompts, params, rank }))
 }
 

@@ -78,7 +78,8 @@ async fn understand(
     let messages = conversation(input, request.instructions.as_deref())?;
     let mut form = Form::new(state, &request, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, None)?;
-    let encoded = prompts::encode_chat(state, bytes, messages, options, false).await;
+    let most = params.most_prompt_tokens(state.llm.info().max_model_len);
+    let encoded = prompts::encode_chat(state, bytes, messages, options, false, most).await;
     let (prompt, text) = encoded.map_err(named)?;
     let thinking = state.formats.thinks.then(|| Thinking::after(&text));
     form.reading = Reading { thinking, ..Reading::default() };

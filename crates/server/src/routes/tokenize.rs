@@ -30,7 +30,7 @@ pub(crate) async fn tokenize(
     let tokens = match (request.prompt, request.messages) {
         (Some(text), None) => {
             let add_special = request.add_special_tokens.unwrap_or(true);
-            prompts::encode(&state, PromptForm::Text(text), add_special).await?.remove(0)
+            prompts::encode(&state, PromptForm::Text(text), add_special, usize::MAX).await?.remove(0)
         }
         (None, Some(messages)) => {
             let options = render_options(
@@ -40,7 +40,7 @@ pub(crate) async fn tokenize(
                 request.tools,
             )?;
             let add_special = request.add_special_tokens.unwrap_or(false);
-            prompts::encode_chat(&state, bytes, messages, options, add_special).await?.0
+            prompts::encode_chat(&state, bytes, messages, options, add_special, usize::MAX).await?.0
         }
         _ => return Err(ApiError::invalid("prompt", "prompt: give either prompt or messages")),
     };

@@ -126,7 +126,7 @@ fn surrounding(encoder: &Tokenizer) -> Option<Cuts> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::{GgufVocab, Tokenizer as Ours};
+    use crate::tokenizer::{Encoded, GgufVocab, Tokenizer as Ours};
 
     const PRES: [&str; 6] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "hunyuan", "deepseek-v3"];
     /// Of every kind that a pattern tells apart, and what composes under NFC.
@@ -172,7 +172,8 @@ mod tests {
         let cuts = tokenizer.shared.cuts.as_ref().expect("its cuts are known");
         for special in [false, true] {
             let whole = tokenizer.encode_whole(text, special).unwrap();
-            assert_eq!(tokenizer.encode_parts(cuts, text, 0, special).unwrap(), whole, "{text:?}");
+            let in_parts = tokenizer.encode_parts(cuts, text, 0, special, usize::MAX).unwrap();
+            assert_eq!(in_parts, Encoded::Ids(whole), "{text:?}");
         }
         parts(text, 0).count()
     }
@@ -214,6 +215,22 @@ mod tests {
             let ids = |text: &str| tokenizer.encode_whole(text, false).unwrap();
             assert_ne!([ids(left), ids(right)].concat(), ids(&[left, right].concat()), "{pre}: {left:?}");
         }
+    }
+
+    #[test]
+    fn a_text_of_too_many_ids_is_left_early() {
+        let tokenizer = tokenizer("llama-bpe");
+        let text = "as sa ".repeat(100_000);
+        let ids = tokenizer.encode(&text, true).unwrap();
+        let until = |limit| tokenizer.encode_until(&text, true, limit).unwrap();
+        let Encoded::TooMany(many) = until(5000) else { panic!("it has {} ids", ids.len()) };
+        assert!((5001..50_000).contains(&many) && ids.len() > 200_000, "{many} of {}", ids.len());
+        for limit in [ids.len(), usize::MAX] {
+            assert_eq!(until(limit), Encoded::Ids(ids.clone()));
+        }
+        // At once: whole.
+        let short = tokenizer.encode_until("as sa as", false, 1).unwrap();
+        assert_eq!(short, Encoded::Ids(tokenizer.encode("as sa as", false).unwrap()));
     }
 
     #[test]
