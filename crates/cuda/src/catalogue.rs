@@ -11,6 +11,7 @@ use crate::jit::{Jit, KernelSource};
 use crate::linear::{LinearSpec, Variant, plan};
 use crate::rows::{QkvPrepSpec, RowOp};
 use crate::sampler::Sampler;
+use crate::selfcheck::{self, Extent};
 use crate::{CudaError, Result};
 
 /// (name, outputs, products, kind) of the layers of Qwen3-1.7B and Llama-3.1-8B.
@@ -54,7 +55,7 @@ pub struct Report {
 }
 
 /// The kernels that [`plan`] picks for the layers of Qwen3-1.7B, Llama-3.2-1B and Llama-3.1-8B, as the backend runs them, at any number of
-/// tokens to 8192 (of logits 512), the linear reference, row kernels, attention and the sampler; each once.
+/// tokens to 8192 (of logits 512), the linear reference, row kernels, attention, the sampler and what the self-check runs; each once.
 pub fn kernels() -> Vec<KernelSource> {
     let mut sources = Vec::new();
     let layers = LAYERS.into_iter().map(|(_, n, k, kind)| (n, k, kind)).chain(SMALL_LAYERS);
@@ -73,6 +74,7 @@ pub fn kernels() -> Vec<KernelSource> {
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
     sources.extend([128_256, 151_936, 1001].into_iter().flat_map(Sampler::sources));
+    sources.extend(selfcheck::sources(Extent::Full));
     let mut seen = BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));
     sources
