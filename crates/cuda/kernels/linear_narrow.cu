@@ -39,36 +39,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
     constexpr int N_TILES = (N + ROWS - 1) / ROWS;
     const int tile = blockIdx.x / KSPLIT, n0 = tile % N_TILES * ROWS, m0 = tile / N_TILES * TB;
 
+    // Block i of 64 k, into a slot at `at`.
+    auto load_w = [&](int i, u32 at, u32 bar) { load_weights(at, &map_w, (rank * CTA_BLOCKS + i) * 64, n0, bar, CACHE_EVICT_FIRST); };
+    auto load_x = [&](int i, u32 at, u32 bar) { tma_load_2d(at + A_BYTES, &map_x, (rank * CTA_BLOCKS + i) * 64, m0, bar, CACHE_EVICT_LAST); };
+
     if (threadIdx.x == 128 * WGS) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
             mbar_init(empty + 8 * s, 4 * WGS);
         }
         mbar_init_fence();
-        const int k0 = rank * CTA_BLOCKS * 64;
-        auto load_w = [&](int i) { load_weights(stage0 + i % STAGES * STAGE_BYTES, &map_w, k0 + i * 64, n0, full + 8 * (i % STAGES), CACHE_EVICT_FIRST); };
-        auto load_x = [&](int i) { tma_load_2d(stage0 + i % STAGES * STAGE_BYTES + A_BYTES, &map_x, k0 + i * 64, m0, full + 8 * (i % STAGES), CACHE_EVICT_LAST); };
         constexpr int EARLY = STAGES < CTA_BLOCKS ? STAGES : CTA_BLOCKS;
         for (int i = 0; i < EARLY; i++) {
             mbar_expect_tx(full + 8 * i, STAGE_BYTES);
-            load_w(i);
+            load_w(i, stage0 + i * STAGE_BYTES, full + 8 * i);
         }
         wait_for_producers();
-        for (int i = 0; i < EARLY; i++) load_x(i);
+        for (int i = 0; i < EARLY; i++) load_x(i, stage0 + i * STAGE_BYTES, full + 8 * i);
     }
     launch_dependents();
     __syncthreads();
 
     if (warp == 4 * WGS) {
         if (lane == 0) {
-            const int k0 = rank * CTA_BLOCKS * 64;
             Ring ring = {0, 0};
             for (int i = STAGES; i < CTA_BLOCKS; i++, ring.next()) {
                 const u32 bar = full + 8 * ring.slot, at = stage0 + ring.slot * STAGE_BYTES;
                 mbar_wait(empty + 8 * ring.slot, ring.phase);
                 mbar_expect_tx(bar, STAGE_BYTES);
-                load_weights(at, &map_w, k0 + i * 64, n0, bar, CACHE_EVICT_FIRST);
-                tma_load_2d(at + A_BYTES, &map_x, k0 + i * 64, m0, bar, CACHE_EVICT_LAST);
+                load_w(i, at, bar);
+                load_x(i, at, bar);
             }
         }
         __syncwarp(); // a warp arrives whole at a barrier
