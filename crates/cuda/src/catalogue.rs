@@ -148,17 +148,13 @@ pub fn borders(layers: &[LinearSpec], heads: &AttentionSpec, most: usize) -> Vec
 /// It does not compile, or the report lacks a line.
 pub fn check(jit: &Jit, arch: &str, source: &KernelSource) -> Result<(Report, Vec<u8>)> {
     let (cubin, log) = jit.report(arch, source)?;
-    let number = |marker: &str, before: bool| {
-        let at = log.find(marker)?;
-        let (left, right) = (&log[..at], &log[at + marker.len()..]);
-        let word = if before { left.split_whitespace().last() } else { right.split_whitespace().next() };
-        word?.parse().ok()
-    };
+    let after = |words: &str| log.split_once(words)?.1.split_whitespace().next()?.parse().ok();
+    let before = |words: &str| log.split_once(words)?.0.split_whitespace().last()?.parse().ok();
     let missing = || CudaError::Compile { kernel: source.label(), log: log.clone() };
     let report = Report {
         label: source.label(),
-        registers: number("Used ", false).ok_or_else(missing)?,
-        spilled: number(" bytes spill stores", true).ok_or_else(missing)?,
+        registers: after("Used ").ok_or_else(missing)?,
+        spilled: before(" bytes spill stores").ok_or_else(missing)?,
         serialised: log.contains("serialized"),
         bytes: cubin.len(),
     };

@@ -1,11 +1,13 @@
 //! The layers of the anchor models, and plans of them as a file tells them.
 
+use bitfast_cuda::catalogue::LAYERS;
 use bitfast_cuda::linear::{Few, LinearSpec, Narrow, Output, Variant, Wide, plan};
 use bitfast_ops::LinearKind;
 use bitfast_ops::contract::{Join, KOrder};
 
 use crate::common::Result;
 
+#[derive(Clone, Copy)]
 pub struct Layer {
     pub name: &'static str,
     pub n: usize,
@@ -13,23 +15,14 @@ pub struct Layer {
     pub kind: LinearKind,
 }
 
-/// Qwen3-1.7B and Llama-3.1-8B.
-pub const LAYERS: [Layer; 10] = [
-    Layer { name: "1.7B_qkv", n: 4096, k: 2048, kind: LinearKind::Column },
-    Layer { name: "1.7B_o", n: 2048, k: 2048, kind: LinearKind::Row },
-    Layer { name: "1.7B_gate_up", n: 12288, k: 2048, kind: LinearKind::GateUp },
-    Layer { name: "1.7B_down", n: 2048, k: 6144, kind: LinearKind::Row },
-    Layer { name: "8B_qkv", n: 6144, k: 4096, kind: LinearKind::Column },
-    Layer { name: "8B_o", n: 4096, k: 4096, kind: LinearKind::Row },
-    Layer { name: "8B_gate_up", n: 28672, k: 4096, kind: LinearKind::GateUp },
-    Layer { name: "8B_down", n: 4096, k: 14336, kind: LinearKind::Row },
-    Layer { name: "1.7B_lm_head", n: 151_936, k: 2048, kind: LinearKind::Vocab },
-    Layer { name: "8B_lm_head", n: 128_256, k: 4096, kind: LinearKind::Vocab },
-];
+/// Those of Qwen3-1.7B and Llama-3.1-8B.
+fn layers() -> impl Iterator<Item = Layer> {
+    LAYERS.into_iter().map(|(name, n, k, kind)| Layer { name, n, k, kind })
+}
 
 /// One layer, one number of tokens, and the plans that are timed in turns.
 pub struct Group {
-    pub layer: &'static Layer,
+    pub layer: Layer,
     /// In the contract's order, gates and ups apart.
     pub spec: LinearSpec,
     pub tokens: usize,
@@ -44,13 +37,13 @@ pub struct Plan {
 }
 
 impl Group {
-    fn new(layer: &'static Layer, tokens: usize) -> Self {
+    fn new(layer: Layer, tokens: usize) -> Self {
         Self { layer, spec: LinearSpec::new(layer.kind, layer.n, layer.k), tokens, plans: Vec::new() }
     }
 
     /// What must be read and written at least.
     pub fn bytes(&self) -> f64 {
-        let Layer { n, k, .. } = *self.layer;
+        let Layer { n, k, .. } = self.layer;
         (n * k * 2 + self.tokens * (k * 2 + row_bytes(&self.spec))) as f64
     }
 
@@ -67,7 +60,7 @@ pub fn row_bytes(spec: &LinearSpec) -> usize {
 /// Every layer with what [`plan`] picks on a card of `sms` multiprocessors; most rows of logits are 512.
 pub fn picked(sms: usize) -> Vec<Group> {
     let mut groups = Vec::new();
-    for layer in &LAYERS {
+    for layer in layers() {
         for tokens in [1, 8, 64, 128, 512, 2048, 8192] {
             if layer.kind == LinearKind::Vocab && tokens > 512 {
                 continue;
@@ -90,7 +83,7 @@ pub fn read(text: &str, sms: usize) -> Result<Vec<Group>> {
 fn group(line: &str, sms: usize) -> Result<Group> {
     let mut words = line.split_whitespace();
     let (layer, tokens) = (words.next().ok_or("no layer")?, words.next().ok_or("no tokens")?);
-    let layer = LAYERS.iter().find(|l| l.name == layer).ok_or("no such layer")?;
+    let layer = layers().find(|l| l.name.replace(' ', "_") == layer).ok_or("no such layer")?;
     let mut group = Group::new(layer, tokens.parse()?);
     for word in words {
         let plan = parse(word, &group, sms).map_err(|why| format!("{word}: {why}"))?;
