@@ -1,9 +1,14 @@
 //! The class `hopper` on a card: what the engine gives there is what the references give, and a request's bits are a function of
 //! its tokens alone, with captured steps and without. Ignored without an H100 or H200; `--include-ignored` runs the tests there.
 
-use bitfast_engine::SamplingParams;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bitfast_engine::{
+    Constraint, ConstraintFault, ConstraintSource, MayEnd, Progress, SamplingParams, TokenConstraint,
+};
 use bitfast_model::{DummySource, ModelConfig, TensorSpec, WeightError, WeightSource};
-use bitfast_ops::{Class, bf16};
+use bitfast_ops::{BitMask, Class, bf16};
 use bitfast_testkit::fixtures::TINY_MODELS;
 use bitfast_testkit::jobs::{self, Rng, greedy};
 use bitfast_testkit::lab::{Job, Lab, Layout, Outcome, Transcript};
@@ -11,14 +16,63 @@ use bitfast_testkit::on_card::{MOST_ROWS, OnCard, all, assert_equal, layout};
 use bitfast_testkit::reference::RefBackend;
 use bitfast_testkit::rig;
 
+/// A sample's tokens come from the thirds of the vocabulary in turn: a mask of its own at every token.
+struct InThirds {
+    vocab: usize,
+}
+
+impl ConstraintSource for InThirds {
+    fn start(&self) -> Box<dyn TokenConstraint> {
+        Box::new(InThird { vocab: self.vocab, third: 0 })
+    }
+}
+
+struct InThird {
+    vocab: usize,
+    third: usize,
+}
+
+impl InThird {
+    fn ids(&self) -> Range<u32> {
+        let end = |n: usize| (n * self.vocab / 3) as u32;
+        end(self.third)..end(self.third + 1)
+    }
+}
+
+impl TokenConstraint for InThird {
+    fn mask(&mut self, allowed: &mut BitMask) -> Result<MayEnd, ConstraintFault> {
+        self.ids().for_each(|id| allowed.0[id as usize / 32] |= 1 << (id % 32));
+        Ok(MayEnd::No)
+    }
+
+    fn accept(&mut self, token: u32) -> Result<Progress, ConstraintFault> {
+        assert!(self.ids().contains(&token), "{token} was not allowed");
+        self.third = (self.third + 1) % 3;
+        Ok(Progress::Open)
+    }
+}
+
 /// Requests of lengths on both sides of tiles, splits and blocks, then short ones; half of them greedy on the card, the others with
-/// filters, penalties and seeds; some score their prompt.
+/// filters, penalties, seeds, masks and biases; some score their prompt.
 fn pool(rng: &mut Rng, count: usize, vocab: usize) -> Vec<Job> {
     const LENGTHS: [usize; 16] = [9, 10, 1, 63, 64, 65, 511, 512, 513, 127, 128, 129, 1000, 16, 17, 300];
     let job = |i: usize| {
         let length = LENGTHS.get(i).copied().unwrap_or_else(|| rng.range(1, 40));
         let mut sampling = jobs::sampling(rng, 8);
         sampling.prompt_logprobs = (i % 16 == 1).then_some(1);
+        match i % 8 {
+            3 => sampling.constraint = Some(Constraint::new(InThirds { vocab })),
+            5 => {
+                let some = (0..vocab as u32).filter(|id| id % 5 < 2);
+                sampling.allowed_token_ids = Some(Arc::new(BitMask::from_ids(vocab, some)));
+            }
+            7 => {
+                sampling.logit_bias =
+                    (0..40).map(|i| ((i * 13) % vocab as u32, 3.0 - i as f32 / 4.0)).collect();
+                sampling.bad_words = vec![vec![13], vec![26, 39]];
+            }
+            _ => {}
+        }
         if i.is_multiple_of(2) {
             sampling = SamplingParams { logprobs: Some(0), ..greedy(rng.range(4, 9) as u32) };
         }
