@@ -36,16 +36,15 @@ __device__ __forceinline__ float exp2_poly3(float t) {
     return __uint_as_float(__float_as_uint(horner(C, f)) + shift);
 }
 
-// 2^t to full precision for t in [-126, 128).
-__device__ __forceinline__ float exp2_inside(float t) {
-    constexpr u32 C[7] = {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu};
+// Of 2^f for f in [-1/2, 1/2], to full precision.
+#define EXP2_COEFFICIENTS {0x3F800000u, 0x3F317218u, 0x3E75FDEEu, 0x3D6357BEu, 0x3C1D96F0u, 0x3AAF8417u, 0x3920B5AFu}
+
+// 2^t to full precision: +0 below -126 and for NaN, infinity from 128 on.
+__device__ __forceinline__ float exp2_full(float t) {
+    constexpr u32 C[7] = EXP2_COEFFICIENTS;
     u32 shift;
     const float f = split_integer(t, shift);
-    return __uint_as_float(__float_as_uint(horner(C, f)) + shift);
-}
-// The same for all t: +0 below -126 and for NaN, infinity from 128 on.
-__device__ __forceinline__ float exp2_full(float t) {
-    const float value = exp2_inside(t);
+    const float value = __uint_as_float(__float_as_uint(horner(C, f)) + shift);
     return t >= 128.f ? INFINITE : t >= -126.f ? value : 0.f;
 }
 
@@ -88,7 +87,10 @@ __device__ __forceinline__ u32 silu_mul_pair(float g0, float u0, float g1, float
 // g / (1 + 2^(-g log2 e)) for |g| < 80, by the steps that the compiler takes for __fdiv_rn where its check of the exponents passes. The remainder has the
 // other sign: so a zero keeps its own.
 __device__ __forceinline__ float silu_ordinary(float g) {
-    const float d = __fadd_rn(1.f, exp2_inside(__fmul_rn(-g, LOG2_E)));
+    constexpr u32 C[7] = EXP2_COEFFICIENTS; // not exp2_full: within its limits
+    u32 shift;
+    const float f = split_integer(__fmul_rn(-g, LOG2_E), shift);
+    const float d = __fadd_rn(1.f, __uint_as_float(__float_as_uint(horner(C, f)) + shift));
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
     r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.f), r);
