@@ -311,7 +311,7 @@ mod tests {
         text.lines().map(|line| Instance::parse(line).expect(line)).collect()
     }
 
-    const GOOD: &str = "sm_90a\tlinear_wide N=8\t168\t0\t-\t/tmp/0.cubin\nsm_90a\trows_copy D=8\t16\t0\t-\t/tmp/1.cubin\n\
+    const GOOD: &str = "sm_90a\tlinear_wide N=8\t168\t0\t-\t/tmp/0.cubin\nsm_90a\trows_gather D=8\t16\t0\t-\t/tmp/1.cubin\n\
                         sm_80\tlinear_wide N=8\t-\t-\tfailed\tlinear_wide(62): error: no clusters";
 
     /// What is promised of all other kernels, and `kinds` of the one of [`GOOD`].
@@ -354,9 +354,9 @@ mod tests {
             differences(&before, &now),
             [
                 "- sm_90a code ab linear_wide (1)",
-                "- sm_90a  16   0 rows_copy D=8",
+                "- sm_90a  16   0 rows_gather D=8",
                 "+ sm_90a code cd linear_wide (1)",
-                "+ sm_90a  18   0 rows_copy D=8"
+                "+ sm_90a  18   0 rows_gather D=8"
             ]
         );
     }
@@ -374,7 +374,7 @@ mod tests {
         let (before, now) = (hashes(3), hashes(4));
         assert_eq!((before.len(), before["linear_wide"].0), (2, 1));
         assert_ne!(before["linear_wide"], now["linear_wide"]);
-        assert_eq!(before["rows_copy"], now["rows_copy"]);
+        assert_eq!(before["rows_gather"], now["rows_gather"]);
         fs::remove_file(folder.path().join("1.cubin")).unwrap();
         assert!(code(&instances(&text)).unwrap_err().to_string().contains("1.cubin"));
     }

@@ -51,7 +51,7 @@ impl RowOp {
     /// The kernel's source.
     pub fn source(&self) -> KernelSource {
         match self {
-            RowOp::Gather { d } => source("rows_copy", GATHER, vec![("D", *d as i64)]),
+            RowOp::Gather { d } => source("rows_gather", GATHER, vec![("D", *d as i64)]),
             RowOp::RmsNorm { d, desc, residual } => source(
                 "rows_norm",
                 NORM,
@@ -80,7 +80,7 @@ impl RowOp {
     }
 }
 
-const GATHER: &[&str] = &[MATH, include_str!("../../kernels/rows_copy.cu")];
+const GATHER: &[&str] = &[MATH, include_str!("../../kernels/rows_gather.cu")];
 const NORM: &[&str] = &[MATH, include_str!("../../kernels/rows_norm.cu")];
 const SILU: &[&str] = &[MATH, include_str!("../../kernels/rows_silu.cu")];
 const QKV: &[&str] = &[MATH, include_str!("../../kernels/rows_qkv.cu")];
