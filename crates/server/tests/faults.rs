@@ -93,7 +93,7 @@ fn unfinished_requests_hold_nothing_up() {
 fn long_bodies_have_a_common_limit_and_short_ones_pass() {
     let server = fake_server(&Levers::default());
     let s = server.client;
-    // As much as all long bodies together may have is announced, and does not come.
+    // Twice as much as all long bodies together may have is announced, and does not come.
     let announced =
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 8388608\r\n\r\n{\"prompt\": \"";
     let holders: Vec<_> = (0..16)
