@@ -24,6 +24,11 @@
 static_assert(TB % KSPLIT == 0, "each CTA of a cluster writes as many tokens");
 static_assert(!SILU || KSPLIT == 1, "gates and ups are one block's");
 
+// Blocks behind the ring's that come to the second-level cache while the launches ahead still run: of gates and ups whose tiles all run at once. With more
+// tiles than that the later ones lose more than the first ones gain, in other layers nothing is gained (LOG.md, "a decode step taken apart").
+constexpr int MULTIPROCESSORS = 132;
+constexpr int AHEAD = SILU && TB == 8 && MIN_CTAS == 2 && N <= ROWS * MIN_CTAS * MULTIPROCESSORS ? 4 : 0;
+
 constexpr int LEAF_UNROLL = TREE && CTA_LEAVES > 2 ? CTA_LEAVES : 1;
 
 // Every warp's products have read their slots. The warp that asks for copies comes too: racecheck takes who missed a barrier for one barrier behind.
@@ -54,6 +59,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) __cluster_dims__
             mbar_expect_tx(full + 8 * i, STAGE_BYTES);
             load_w(i, stage0 + i * STAGE_BYTES, full + 8 * i);
         }
+        if (SILU)
+            for (int i = EARLY; i < EARLY + AHEAD && i < CTA_BLOCKS; i++) tma_prefetch_4d(&map_w, i * 64, 0, 0, n0 / 16, CACHE_EVICT_FIRST);
         wait_for_producers();
         for (int i = 0; i < EARLY; i++) load_x(i, stage0 + i * STAGE_BYTES, full + 8 * i);
     }

@@ -93,6 +93,11 @@ __device__ __forceinline__ void tma_load_2d(u32 dst, const TensorMap* map, int c
             dst),
         "l"(map), "r"(c0), "r"(c1), "r"(bar), "l"(policy) : "memory");
 }
+// A box to the second-level cache.
+__device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int c0, int c1, int c2, int c3, u64 policy) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::"l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+                 "l"(policy) : "memory");
+}
 __device__ __forceinline__ void tma_load_2d_multicast(u32 dst, const TensorMap* map, int c0, int c1, u32 bar, u16 mask, u64 policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(
