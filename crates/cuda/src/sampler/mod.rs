@@ -20,7 +20,8 @@ const CARRY: &[&str] = &[include_str!("../../kernels/sampler_carry.cu")];
 const SHARED: &str = include_str!("../../kernels/sampler.cuh");
 const SCAN: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_scan.cu")];
 const WEIGH: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_weigh.cu")];
-const SELECT: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_select.cu")];
+const ORDER: &str = include_str!("../../kernels/sampler_order.cuh");
+const SELECT: &[&str] = &[MATH, SHARED, ORDER, include_str!("../../kernels/sampler_select.cu")];
 
 /// Tokens that a block of a row pass takes at a time, and a warp of it.
 const UNIT: usize = 2048;
