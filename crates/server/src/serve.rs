@@ -7,19 +7,16 @@ use axum::Router;
 use bitfast_llm::{Health, LLM, Shutdown};
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioTimer;
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::app::app;
 use crate::connection::Connection;
 use crate::state::{AppState, ServerConfig};
 
-/// Most connections at a time; further ones wait to be accepted.
-const MAX_CONNECTIONS: usize = 4096;
 /// Connections that may wait to be accepted: a crowd that comes at once is not turned away.
 const BACKLOG: i32 = 4096;
 /// A request's head has to arrive within this time; idle connections are closed after it.
@@ -30,6 +27,8 @@ const HEAD_BYTES: usize = 64 << 10;
 const PEER_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a server with a dead engine goes on saying so before it ends.
 const DEAD_GRACE: Duration = Duration::from_secs(2);
+/// The first request of a connection is on its way for so long: it is not idle.
+const FRESH: Duration = Duration::from_millis(200);
 /// For what is left to do after live requests were aborted: last events, open connections.
 const CLOSING_TIME: Duration = Duration::from_secs(2);
 
@@ -127,10 +126,10 @@ impl Server {
                 forward.stop();
             }
         });
-        let connections = GracefulShutdown::new();
+        let connections = Connections::new(state.config.max_connections);
         let router = app(Arc::clone(&state));
         let death = {
-            let mut accepting = pin!(accept(&listener, &router, &connections));
+            let mut accepting = pin!(connections.accept(&listener, &router));
             tokio::select! {
                 () = &mut accepting => None,
                 () = stop.asked(1) => None,
@@ -143,7 +142,7 @@ impl Server {
         };
         drop(listener);
         wind_down(&state, stop).await;
-        let _ = tokio::time::timeout(CLOSING_TIME, connections.shutdown()).await;
+        let _ = tokio::time::timeout(CLOSING_TIME, connections.end()).await;
         signals.abort();
         death.map_or(Ok(()), |reason| Err(ServeError::EngineDied(reason)))
     }
@@ -169,33 +168,76 @@ fn bound(host: &str, port: u16) -> Result<Socket, ServeError> {
     Err(refused(refusal))
 }
 
-/// Takes connections in, for ever.
-async fn accept(listener: &TcpListener, router: &Router, connections: &GracefulShutdown) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(_) => {
+/// The open connections.
+struct Connections {
+    /// A place for each that may be open.
+    places: Arc<Semaphore>,
+    most: u32,
+    /// Tells them to close: those that wait for a next request at once, the others behind the answer under way.
+    leave: watch::Sender<()>,
+}
+
+impl Connections {
+    fn new(most: u32) -> Self {
+        Self { places: Arc::new(Semaphore::new(most as usize)), most, leave: watch::Sender::new(()) }
+    }
+
+    /// Takes connections in, for ever. Where there is no room for one, those that are idle make some.
+    async fn accept(&self, listener: &TcpListener, router: &Router) {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
                 // Out of file descriptors, or the peer is gone already: neither ends the server.
+                self.leave.send_replace(());
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
-            }
-        };
-        set_up(&stream);
-        let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
-        let service = TowerToHyperService::new(router.clone());
-        let stream = Connection::new(stream);
-        let served = connections.watch(builder.serve_connection(stream.clone(), service));
-        tokio::spawn(async move {
+            };
+            let place = match Arc::clone(&self.places).try_acquire_owned() {
+                Ok(place) => place,
+                Err(_) => {
+                    self.leave.send_replace(());
+                    let place = Arc::clone(&self.places).acquire_owned().await;
+                    place.expect("the semaphore is never closed")
+                }
+            };
+            set_up(&stream);
+            tokio::spawn(serve_connection(stream, router.clone(), self.leave.subscribe(), place));
+        }
+    }
+
+    /// Waits until all have closed.
+    async fn end(&self) {
+        self.leave.send_replace(());
+        let _all = self.places.acquire_many(self.most).await;
+    }
+}
+
+/// Answers the requests of one connection.
+async fn serve_connection(
+    stream: TcpStream,
+    router: Router,
+    mut leave: watch::Receiver<()>,
+    _place: OwnedSemaphorePermit,
+) {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
+    let stream = Connection::new(stream);
+    let served = builder.serve_connection(stream.clone(), TowerToHyperService::new(router));
+    let told = async {
+        tokio::time::sleep(FRESH).await;
+        leave.changed().await
+    };
+    let (mut served, mut gone, mut told) = (pin!(served), pin!(stream.gone()), pin!(told));
+    let mut stays = true;
+    loop {
+        tokio::select! {
             // Errors are the peer's: it went away or spoke no HTTP.
-            tokio::select! {
-                _ = served => {}
-                () = stream.gone() => {}
+            _ = &mut served => return,
+            () = &mut gone => return,
+            Ok(()) = &mut told, if stays => {
+                stays = false;
+                served.as_mut().graceful_shutdown();
             }
-            drop(place);
-        });
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub struct ServerConfig {
     pub served_model_names: Vec<String>,
     /// Any of them opens the guarded routes; none: all routes are open.
     pub api_keys: Vec<String>,
+    /// Most connections at a time; when there are so many, idle ones are closed for others that come.
+    pub max_connections: u32,
     /// How long live requests may go on after the server was asked to stop; then they are aborted.
     pub shutdown_timeout: Duration,
     /// Where the profiler writes.
@@ -33,6 +35,7 @@ impl ServerConfig {
         Self {
             served_model_names: vec![model.into()],
             api_keys: Vec::new(),
+            max_connections: 4096,
             shutdown_timeout: Duration::from_secs(10),
             profile_dir: None,
             tool_call_parser: None,
@@ -50,6 +53,9 @@ impl ServerConfig {
         };
         if !self.api_keys.iter().all(is_key) {
             return Err("api_key: must be printable ASCII, without spaces at its ends".to_owned());
+        }
+        if self.max_connections == 0 {
+            return Err("max_connections: must be at least 1".to_owned());
         }
         Formats::named(self).map(drop)
     }

@@ -220,6 +220,29 @@ fn a_sample_that_stopped_costs_nothing_while_others_go_on() {
 }
 
 #[test]
+fn idle_connections_make_room_and_busy_ones_stay() {
+    let server = Running::start(fake(&slow(), EngineConfig::default()), |config| config.max_connections = 3);
+    let s = server.client;
+    // One streams; the others have had an answer and would ask again some time.
+    let stream = s.begin("POST", "/v1/completions", &[], &long(true));
+    let idle: Vec<_> = (0..2)
+        .map(|_| {
+            let mut socket = s.connect();
+            socket.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+            let mut reader = BufReader::new(socket);
+            assert_eq!(read_head(&mut reader).0, 200);
+            reader
+        })
+        .collect();
+    assert_eq!(s.get("/health").status, 200);
+    for mut reader in idle {
+        assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0, "it was to be closed");
+    }
+    let text = read_reply(BufReader::new(stream)).text();
+    assert!(text.contains("\"finish_reason\":\"length\"") && text.ends_with("data: [DONE]\n\n"), "{text}");
+}
+
+#[test]
 fn bodies_that_are_no_request_are_refused() {
     let server = fake_server(&Levers::default());
     let s = server.client;
