@@ -67,11 +67,16 @@ impl Machine {
 
     /// Answers `prompts` prompts of four tokens with six tokens each, in `out.jsonl`.
     fn answer(&self, fake: &str, prompts: usize, flags: &[&str]) -> Output {
+        self.answer_of(MODEL[1], fake, prompts, flags)
+    }
+
+    /// The same of another model.
+    fn answer_of(&self, model: &str, fake: &str, prompts: usize, flags: &[&str]) -> Output {
         let line = |i: usize| format!("{{\"prompt_token_ids\": [{}, 1, 2, 3]}}\n", i % 300);
         std::fs::write(self.path("in.jsonl"), (0..prompts).map(line).collect::<String>()).unwrap();
         let mut command = self.bitfast(fake, &["run", "--max-tokens", "6", "--prompts"]);
         command.arg(self.path("in.jsonl")).arg("--output").arg(self.path("out.jsonl"));
-        command.args(MODEL).args(flags).output().unwrap()
+        command.args(["--model", model]).args(&MODEL[2..]).args(flags).output().unwrap()
     }
 
     /// The same from the start; the driver's calls fail as `fake` says, and that is what the command ends with.
@@ -160,6 +165,27 @@ fn a_machine_that_cannot_serve_is_refused_in_words_and_auto_takes_the_cpu() {
             assert_eq!(words.contains("the GPU is left alone: "), !quiet, "{message}: {words}");
         }
     }
+}
+
+#[test]
+fn a_vocabulary_that_no_sampler_takes_is_refused_at_load() {
+    let machine = Machine::new();
+    let config = |vocab: usize| {
+        let folder = machine.path(&vocab.to_string());
+        std::fs::create_dir_all(&folder).unwrap();
+        let fields = r#""architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 1024, "tie_word_embeddings": true"#;
+        let text = format!("{{{fields}, \"vocab_size\": {vocab}}}");
+        std::fs::write(folder.join("config.json"), text).unwrap();
+        folder.display().to_string()
+    };
+    let run = |model: &str| machine.answer_of(model, "", 1, &SMALL);
+    let output = run(&config(520_000));
+    answered(&machine, &output, 1);
+    let output = run(&config(520_001));
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("no sampling from more than 520000 tokens"), "{}", said(&output));
 }
 
 #[test]

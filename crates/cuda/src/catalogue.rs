@@ -73,7 +73,7 @@ pub fn kernels() -> Vec<KernelSource> {
     }
     sources.extend(row_kernels());
     sources.extend(attention_kernels());
-    sources.extend([128_256, 151_936, 1001].into_iter().flat_map(Sampler::sources));
+    sources.extend([128_256, 151_936, 1001, Sampler::MAX_VOCAB].into_iter().flat_map(Sampler::sources));
     sources.extend(selfcheck::sources(Extent::Full));
     let mut seen = BTreeSet::new();
     sources.retain(|s| seen.insert(s.label()));

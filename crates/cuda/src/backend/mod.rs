@@ -28,6 +28,7 @@ use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
 use crate::driver::{Buffer, Device, Overlap, Staging, Stream};
 use crate::linear::{LinearSpec, Output};
 use crate::rows::{QkvPrepArgs, QkvPrepSpec};
+use crate::sampler::Sampler;
 use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
@@ -191,6 +192,10 @@ impl Backend for CudaBackend {
 
     fn weight(&self, desc: &LinearDesc, data: HostTensor<'_>) -> Result<Weight> {
         assert_eq!(data.dims2(), (desc.n, desc.k), "{}", desc.name);
+        if desc.kind == LinearKind::Vocab && desc.n > Sampler::MAX_VOCAB {
+            let op = "sampling from more than 520000 tokens";
+            return Err(BackendError::Unsupported { backend: "cuda", op });
+        }
         let plain = LinearSpec::new(desc.kind, desc.n, desc.k);
         let spec = match (desc.kind, &self.orders) {
             (LinearKind::GateUp, Orders::Law) => plain.fused().unwrap_or(plain),

@@ -75,6 +75,9 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// Tokens of the largest vocabulary: a block that puts a row in order keeps six bytes of each 128 tokens in shared memory.
+    pub const MAX_VOCAB: usize = 520_000;
+
     /// For up to `max_rows` rows of `vocab` logits a step; takes [`Self::device_bytes`] of device memory now, so that sampling never
     /// runs out of it but for the size of what requests bring along.
     ///
