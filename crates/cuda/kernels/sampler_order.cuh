@@ -455,3 +455,47 @@ struct Rows {
         return {at.sum, 0, 0};
     }
 };
+
+// The chunks of 1024 weights, folded left, from runs of 128.
+__device__ float fold_chunks(Shared& s, const float* runs) {
+    float* const chunk = (float*)s.batch;
+    static_assert(CHUNKS + 3 <= 2 * BATCH, "chunks fit the batch");
+    __syncthreads();
+    for (int c = threadIdx.x; c < (CHUNKS + 3) / 4 * 4; c += BLOCK) {
+        float eight[8] = {}; // adding zeros changes nothing
+        if (c < CHUNKS) {
+            const float4 a = *(const float4*)(runs + 8 * c), b = *(const float4*)(runs + 8 * c + 4);
+            eight[0] = a.x, eight[1] = a.y, eight[2] = a.z, eight[3] = a.w, eight[4] = b.x, eight[5] = b.y, eight[6] = b.z, eight[7] = b.w;
+        }
+        chunk[c] = tree_of(eight);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float sum = 0.f;
+#pragma unroll 4
+        for (int c = 0; c < CHUNKS; c += 4) {
+            const float4 w = *(const float4*)(chunk + c);
+            sum = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(sum, w.x), w.y), w.z), w.w);
+        }
+        s.sum = sum;
+    }
+    __syncthreads();
+    const float sum = s.sum;
+    __syncthreads();
+    return sum;
+}
+
+// The groups' largest; the least of them is returned.
+__device__ __forceinline__ u32 load_largest(Shared& s, const u32* largest) {
+    u32 least = ~0u;
+    for (int g = threadIdx.x; g < GROUPS; g += BLOCK) {
+        const u32 v = largest[g];
+        s.largest[g] = v, least = min(least, v);
+    }
+    least = __reduce_min_sync(ALL_LANES, least);
+    if (threadIdx.x % 32 == 0) s.scan[threadIdx.x / 32].x = least;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) least = min(least, s.scan[w].x);
+    return least;
+}

@@ -98,8 +98,14 @@ impl Kernels {
     /// Compiles what was collected, on `threads` threads.
     pub fn compile(&mut self, threads: usize) -> Result<()> {
         let mut sources: Vec<KernelSource> = self.wanted.drain().collect();
-        // The order of a hash set is no matter here, but a reproducible one costs nothing.
-        sources.sort_by_key(KernelSource::label);
+        // Those that take longest to compile come first: last, they would be waited for alone.
+        let long = |source: &KernelSource| {
+            ["sampler_filter", "sampler_top", "linear_wide"]
+                .iter()
+                .position(|name| *name == source.name)
+                .unwrap_or(3)
+        };
+        sources.sort_by_key(|source| (long(source), source.label()));
         self.jit.prepare(&sources, threads)
     }
 

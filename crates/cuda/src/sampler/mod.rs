@@ -21,7 +21,8 @@ const SHARED: &str = include_str!("../../kernels/sampler.cuh");
 const SCAN: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_scan.cu")];
 const WEIGH: &[&str] = &[MATH, SHARED, include_str!("../../kernels/sampler_weigh.cu")];
 const ORDER: &str = include_str!("../../kernels/sampler_order.cuh");
-const SELECT: &[&str] = &[MATH, SHARED, ORDER, include_str!("../../kernels/sampler_select.cu")];
+const FILTER: &[&str] = &[MATH, SHARED, ORDER, include_str!("../../kernels/sampler_filter.cu")];
+const TOP: &[&str] = &[MATH, SHARED, ORDER, include_str!("../../kernels/sampler_top.cu")];
 
 /// Tokens that a block of a row pass takes at a time, and a warp of it.
 const UNIT: usize = 2048;
@@ -84,8 +85,8 @@ impl Sampler {
     /// # Errors
     /// The compiler's or the driver's.
     pub fn new(device: &Device, jit: &Jit, vocab: usize, max_rows: usize) -> Result<Self> {
-        let [carry, scan, weigh, select] = Self::sources(vocab).map(|source| jit.cubin(&source));
-        let (carry, select) = (carry?, select?);
+        let [carry, scan, weigh, filter, top] = Self::sources(vocab).map(|source| jit.cubin(&source));
+        let carry = carry?;
         let words = max_rows * 256;
         Ok(Self {
             device: device.clone(),
@@ -94,8 +95,8 @@ impl Sampler {
             fetch: device.kernel(&carry, "fetch", 0)?,
             scan: device.kernel(&scan?, "scan", 0)?,
             weigh: device.kernel(&weigh?, "weigh", 0)?,
-            filter: device.kernel(&select, "filter", 0)?,
-            top: device.kernel(&select, "top", 0)?,
+            filter: device.kernel(&filter?, "filter", 0)?,
+            top: device.kernel(&top?, "top", 0)?,
             publish: device.kernel(&carry, "publish", 0)?,
             kept: device.alloc(max_rows * vocab * 4)?,
             runs: device.alloc(max_rows * run_bytes(vocab))?,
@@ -113,14 +114,15 @@ impl Sampler {
     }
 
     /// The kernels for a vocabulary, to compile them ahead of [`Self::new`].
-    pub fn sources(vocab: usize) -> [KernelSource; 4] {
+    pub fn sources(vocab: usize) -> [KernelSource; 5] {
         let source = |name, parts, defines| KernelSource { name, parts, defines, wgmma_n: None };
         let of_vocab = || vec![("VOCAB", vocab as i64)];
         [
             source("sampler_carry", CARRY, vec![]),
             source("sampler_scan", SCAN, of_vocab()),
             source("sampler_weigh", WEIGH, of_vocab()),
-            source("sampler_select", SELECT, of_vocab()),
+            source("sampler_filter", FILTER, of_vocab()),
+            source("sampler_top", TOP, of_vocab()),
         ]
     }
 
