@@ -14,6 +14,9 @@ use crate::rows::{Gather, QkvPrep, QkvPrepSpec, RmsNorm, RowOp, SiluMul};
 use crate::sampler::Sampler;
 use crate::{CudaError, Result};
 
+/// Kernels that take longest to compile: begun last, they would be waited for alone.
+const SLOWEST: [&str; 3] = ["sampler_filter", "sampler_top", "linear_wide"];
+
 /// What ops do with their kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -98,14 +101,9 @@ impl Kernels {
     /// Compiles what was collected, on `threads` threads.
     pub fn compile(&mut self, threads: usize) -> Result<()> {
         let mut sources: Vec<KernelSource> = self.wanted.drain().collect();
-        // Those that take longest to compile come first: last, they would be waited for alone.
-        let long = |source: &KernelSource| {
-            ["sampler_filter", "sampler_top", "linear_wide"]
-                .iter()
-                .position(|name| *name == source.name)
-                .unwrap_or(3)
-        };
-        sources.sort_by_key(|source| (long(source), source.label()));
+        let place = |source: &KernelSource| SLOWEST.iter().position(|name| *name == source.name);
+        // Those on the list in its order, then the others.
+        sources.sort_by_key(|source| (place(source).unwrap_or(SLOWEST.len()), source.label()));
         self.jit.prepare(&sources, threads)
     }
 
