@@ -24,7 +24,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longer bodies take milliseconds to read, and come out of the budget of [`Bodies`].
 const LONG_BODY_BYTES: usize = 64 << 10;
 /// Bytes of long bodies that may be on their way from a socket to token ids, over all connections. What JSON says can take
-/// fifty to seventy times its bytes (16 bodies of 8 MB of nested lists: 6.4 GB).
+/// nearly a hundred times its bytes (LOG.md, "sixteen long bodies at a time").
 const BUDGET_BYTES: usize = 64 << 20;
 /// Longest wait for a share of the budget.
 const BUDGET_WAIT: Duration = Duration::from_secs(60);
