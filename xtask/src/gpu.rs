@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str =
-    "usage: cargo xtask gpu [--shell COMMAND] [--jobs N] [--sanitizer] [--env NAME=VALUE].. [TEST]..
+    "usage: cargo xtask gpu [--shell COMMAND] [--jobs N] [--limit SECONDS] [--sanitizer] [--env NAME=VALUE].. [TEST]..
 
 Builds the GPU tests and the command in release mode, strips them, and packs them with a script into
 target/gpu/bundle.tar.gz. With --shell, the bundle goes to that shell's standard input and is unpacked
@@ -19,6 +19,7 @@ and run in a temporary folder there; prints a table and fails on any difference:
   cargo xtask gpu --shell \"bash -c\"              (this machine)
 Without it: copy the bundle, unpack it, run ./run.sh there.
   --jobs       so many tests side by side there (1; 8 fit in 80 GB)
+  --limit      a test that takes longer is ended and has failed (1200)
   --sanitizer  also run the small twin tests under compute-sanitizer (memcheck and racecheck)
   --env        set a variable there, such as BITFAST_NVRTC=/path/libnvrtc.so.13
   TEST         only these, such as twin_linear";
@@ -42,6 +43,7 @@ const TESTS: [(&str, &str); 10] = [
 struct Args {
     shell: Option<String>,
     jobs: Option<NonZeroUsize>,
+    limit: Option<NonZeroUsize>,
     sanitizer: bool,
     env: Vec<String>,
     tests: Vec<String>,
@@ -83,6 +85,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Args> {
             "--jobs" => {
                 let jobs = args.next().context(USAGE)?;
                 parsed.jobs = Some(jobs.parse().with_context(|| format!("--jobs {jobs}"))?);
+            }
+            "--limit" => {
+                let limit = args.next().context(USAGE)?;
+                parsed.limit = Some(limit.parse().with_context(|| format!("--limit {limit}"))?);
             }
             "--env" => parsed.env.push(args.next().context(USAGE)?),
             "--sanitizer" => parsed.sanitizer = true,
@@ -162,9 +168,10 @@ fn make_executable(_: &Path) -> Result<()> {
 fn run_there(shell: &str, bundle: &Path, args: &Args) -> Result<()> {
     let env: String = args.env.iter().map(|e| format!("export '{e}'; ")).collect();
     let jobs = args.jobs.map_or(1, NonZeroUsize::get);
+    let limit = args.limit.map_or(String::new(), |limit| format!(" --limit {limit}"));
     let sanitizer = if args.sanitizer { " --sanitizer" } else { "" };
     let there = format!(
-        "set -e; d=$(mktemp -d); trap 'rm -rf $d' EXIT; cd $d; tar xz; cd bitfast-gpu; {env}./run.sh --jobs {jobs}{sanitizer}"
+        "set -e; d=$(mktemp -d); trap 'rm -rf $d' EXIT; cd $d; tar xz; cd bitfast-gpu; {env}./run.sh --jobs {jobs}{limit}{sanitizer}"
     );
     let mut words = shell.split_whitespace();
     let mut command = Command::new(words.next().context(USAGE)?);
@@ -192,14 +199,26 @@ mod tests {
 
     #[test]
     fn flags_are_read_and_mistakes_named() {
-        let words = ["--shell", "ssh host", "--jobs", "4", "--sanitizer", "--env", "A=1", "twin_rows"];
+        let words = [
+            "--shell",
+            "ssh host",
+            "--jobs",
+            "4",
+            "--limit",
+            "9",
+            "--sanitizer",
+            "--env",
+            "A=1",
+            "twin_rows",
+        ];
         let parsed = args(&words).unwrap();
-        assert_eq!(parsed.jobs.unwrap().get(), 4);
+        assert_eq!((parsed.jobs.unwrap().get(), parsed.limit.unwrap().get()), (4, 9));
         assert_eq!((parsed.shell.as_deref(), parsed.sanitizer), (Some("ssh host"), true));
         assert_eq!((parsed.env, parsed.tests), (vec!["A=1".to_owned()], vec!["twin_rows".to_owned()]));
         assert!(args(&["twin_nothing"]).unwrap_err().to_string().contains("\"twin_nothing\""));
         assert!(args(&["--env", "A"]).unwrap_err().to_string().contains("--env A"));
         assert!(args(&["--shell"]).is_err());
+        assert!(args(&["--limit", "0"]).unwrap_err().to_string().contains("--limit 0"));
         assert!(args(&["--jobs", "0"]).unwrap_err().to_string().contains("--jobs 0"));
     }
 
@@ -230,7 +249,7 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn the_script_fails_on_any_difference() {
-        let run_with = |name: &str, body: &str| {
+        let run_within = |seconds: &str, name: &str, body: &str| {
             let dir = tempfile::tempdir().unwrap();
             for (name, text) in [("run.sh", include_str!("gpu_run.sh")), (name, body)] {
                 let path = dir.path().join(name);
@@ -238,10 +257,12 @@ mod tests {
                 make_executable(&path).unwrap();
             }
             let mut script = Command::new("./run.sh");
-            let output = script.args(["--jobs", "2"]).current_dir(dir.path()).output().unwrap();
+            let output =
+                script.args(["--jobs", "2", "--limit", seconds]).current_dir(dir.path()).output().unwrap();
             let said = [output.stdout, output.stderr].concat();
             (output.status.success(), String::from_utf8(said).unwrap())
         };
+        let run_with = |name: &str, body: &str| run_within("600", name, body);
         // A test binary with two tests; the second one ends so.
         let run = |second: &str| {
             let list = "case $* in *--list*) echo 'a: test'; echo 'm::b: test'; exit;; esac";
@@ -260,6 +281,9 @@ mod tests {
         assert!(!ok, "nothing run is no pass");
         let (ok, _) = run_with("twin_x", "#!/bin/sh\nexit 127\n");
         assert!(!ok, "a binary that does not start is no pass");
+        let hangs = "#!/bin/sh\ncase $* in *--list*) echo 'a: test';; *) exec sleep 600;; esac\n";
+        let (ok, table) = run_within("2", "twin_x", hangs);
+        assert!(!ok && table.contains("limit of 2 s") && table.contains("0 passed, 1 failed"), "{table}");
         let command = |code: &str| {
             let answer = "a=; for w; do [ \"$a\" = --output ] && echo '{}' > $w; a=$w; done";
             format!("#!/bin/sh\n{answer}\ncase $* in *changed*) exit {code};; esac\n")
@@ -272,5 +296,7 @@ mod tests {
         let (ok, said) =
             run_with("bitfast", "#!/bin/sh\necho 'error: device: no NVIDIA driver' >&2\nexit 2\n");
         assert!(!ok && said == "nothing was run: error: device: no NVIDIA driver\n", "{said}");
+        let (ok, said) = run_within("2", "bitfast", "#!/bin/sh\nexec sleep 600\n");
+        assert!(!ok && said == "nothing was run: selfcheck did not end within 2 s\n", "{said}");
     }
 }

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs every test of the binaries beside it on this machine's GPU, prints a row each, fails on any difference.
-# usage: ./run.sh [--jobs N] [--sanitizer | --only-sanitizer]
+# usage: ./run.sh [--jobs N] [--limit SECONDS] [--sanitizer | --only-sanitizer]
 cd "$(dirname "$0")" || exit 2
 export BITFAST_FIXTURES="$PWD/fixtures"
-jobs=1 tests=1 sanitizer=0
+jobs=1 tests=1 sanitizer=0 limit=1200
 while [ $# != 0 ]; do
     case $1 in
     --jobs) jobs=$2 && shift ;;
+    --limit) limit=$2 && shift ;;
     --sanitizer) sanitizer=1 ;;
     --only-sanitizer) sanitizer=1 tests=0 ;;
     *) echo "unknown option $1" >&2 && exit 2 ;;
@@ -14,16 +15,22 @@ while [ $# != 0 ]; do
     shift
 done
 case $jobs in '' | 0 | *[!0-9]*) echo "--jobs: a number from 1" >&2 && exit 2 ;; esac
+case $limit in '' | 0 | *[!0-9]*) echo "--limit: seconds, from 1" >&2 && exit 2 ;; esac
 mkdir -p logs
 : >logs/counts
 
+# A kernel that hangs must cost its own row only.
+limited() {
+    timeout --kill-after=10 "$limit" "$@"
+}
+
 # Where no card can be used every test would fail, and say so in as many words.
 if [ -x bitfast ]; then
-    ./bitfast selfcheck --device cuda >logs/card.log 2>&1
-    if [ $? = 2 ]; then
-        echo "nothing was run: $(grep '^error:' logs/card.log)" >&2
-        exit 2
-    fi
+    limited ./bitfast selfcheck --device cuda >logs/card.log 2>&1
+    case $? in
+    2) echo "nothing was run: $(grep '^error:' logs/card.log)" >&2 && exit 2 ;;
+    124 | 137) echo "nothing was run: selfcheck did not end within $limit s" >&2 && exit 2 ;;
+    esac
 fi
 
 # Its name and the command. Prints one row when it has ended, with the end of its log when it failed.
@@ -36,6 +43,7 @@ run() {
     p=$(sed -n 's/.* \([0-9]*\) passed.*/\1/p' <<<"$line")
     f=$(sed -n 's/.* \([0-9]*\) failed.*/\1/p' <<<"$line")
     p=${p:-0} f=${f:-0}
+    case $status in 124 | 137) echo "ended after its limit of $limit s, or killed" >>"$log" ;; esac
     # A crash, or a binary that ran nothing, is a failure.
     if [ "$f" = 0 ] && { [ "$status" != 0 ] || [ "$p" = 0 ]; }; then f=1; fi
     echo "$p $f" >>logs/counts
@@ -55,16 +63,16 @@ start_tests() {
     local binary=$1 names name
     names=$("./$binary" --include-ignored --list 2>/dev/null | sed -n 's/: test$//p')
     # No list: the binary itself says why, in its row.
-    if [ -z "$names" ]; then start "$binary" "./$binary"; fi
+    if [ -z "$names" ]; then start "$binary" limited "./$binary"; fi
     for name in $names; do
-        start "$binary $name" "./$binary" --include-ignored --exact "$name" --nocapture
+        start "$binary $name" limited "./$binary" --include-ignored --exact "$name" --nocapture
     done
 }
 
 # What a user would do: the card answers 32 requests in one batch, this machine's CPU derives every bit again; a changed logprob is noticed.
 end_to_end() {
     local i model answers
-    ./bitfast selfcheck --device cuda || return 1
+    limited ./bitfast selfcheck --device cuda || return 1
     for i in $(seq 32); do
         printf '{"prompt_token_ids": [%s], "max_tokens": 32, "temperature": 0.%d, "seed": %d, "logprobs": 3, "ignore_eos": true}\n' \
             "$(seq -s, "$i" $((3 * i + 5)))" $((i % 9)) "$i"
@@ -72,10 +80,10 @@ end_to_end() {
     for model in fixtures/models/llama-untied fixtures/models/qwen3-untied; do
         answers=logs/$(basename "$model").jsonl
         rm -f "$answers"
-        ./bitfast run -q -m "$model" --skip-tokenizer-init --device cuda --kv-cache-memory 1GiB --prompts logs/prompts.jsonl --output "$answers" || return 1
-        ./bitfast verify -q -m "$model" "$answers" || return 1
+        limited ./bitfast run -q -m "$model" --skip-tokenizer-init --device cuda --kv-cache-memory 1GiB --prompts logs/prompts.jsonl --output "$answers" || return 1
+        limited ./bitfast verify -q -m "$model" "$answers" || return 1
         sed '9s/"logprob":-[0-9.]*/"logprob":-1.5/' "$answers" >logs/changed.jsonl
-        ./bitfast verify -q -m "$model" logs/changed.jsonl
+        limited ./bitfast verify -q -m "$model" logs/changed.jsonl
         [ $? = 1 ] || { echo "the change was not noticed"; return 1; }
     done
     echo "test result: ok. 5 passed; 0 failed"
@@ -84,11 +92,11 @@ end_to_end() {
 # The small tests of a binary under a tool.
 sanitized() {
     if [ "$1" = racecheck ]; then local -x BITFAST_RACECHECK=1; fi
-    compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 "./$2" --include-ignored --test-threads=1 small
+    limited compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 "./$2" --include-ignored --test-threads=1 small
 }
 
 reports_the_ring() {
-    compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 5 ./twin_attention --include-ignored --test-threads=1 small
+    limited compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 5 ./twin_attention --include-ignored --test-threads=1 small
     [ $? = 9 ] || { echo "no report"; return 1; }
 }
 
