@@ -163,18 +163,14 @@ fn compile(root: &Path, library: &Path, folder: &Path) -> Result<Vec<Instance>> 
     text.lines().map(parse).collect()
 }
 
-/// Instructions by label, of the first and the last instance of each kernel: their macros change counts, not kinds.
+/// Instructions by label, of all instances of the kernels that something is promised of.
 fn disassemble(program: &Path, instances: &[Instance]) -> Result<BTreeMap<String, BTreeSet<&'static str>>> {
     make_executable(program)?;
-    let mut chosen: BTreeMap<&str, Vec<(&str, &Path)>> = BTreeMap::new();
-    for instance in instances.iter().filter(|i| i.arch == ARCH) {
-        if let Ok(compiled) = &instance.outcome {
-            let of_kernel = chosen.entry(instance.kernel()).or_default();
-            of_kernel.truncate(1);
-            of_kernel.push((&instance.label, &compiled.cubin));
-        }
-    }
-    let chosen: Vec<(&str, &Path)> = chosen.into_values().flatten().collect();
+    let chosen: Vec<(&str, &Path)> = instances
+        .iter()
+        .filter(|i| i.arch == ARCH && promised(i.kernel()).is_some())
+        .filter_map(|i| Some((i.label.as_str(), i.outcome.as_ref().ok()?.cubin.as_path())))
+        .collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {
         while let Some((label, cubin)) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -188,7 +184,8 @@ fn disassemble(program: &Path, instances: &[Instance]) -> Result<BTreeMap<String
 }
 
 fn instructions(program: &Path, cubin: &Path) -> Result<BTreeSet<&'static str>> {
-    let output = Command::new(program).arg("-c").arg(cubin).output();
+    // Without the analysis of data flow the text is the same, sooner.
+    let output = Command::new(program).args(["-c", "-ndf"]).arg(cubin).output();
     let output = output.with_context(|| format!("cannot run {}", program.display()))?;
     if !output.status.success() {
         bail!("nvdisasm failed: {}", String::from_utf8_lossy(&output.stderr));
@@ -210,6 +207,10 @@ fn make_executable(_: &Path) -> Result<()> {
     Ok(())
 }
 
+fn promised(kernel: &str) -> Option<&'static [&'static str]> {
+    PROMISED.iter().find(|(name, _)| *name == kernel).map(|(_, kinds)| *kinds)
+}
+
 /// What must not be, one line each.
 fn broken(instances: &[Instance], seen: &BTreeMap<String, BTreeSet<&'static str>>) -> Vec<String> {
     let mut broken = Vec::new();
@@ -223,8 +224,7 @@ fn broken(instances: &[Instance], seen: &BTreeMap<String, BTreeSet<&'static str>
             }
             Ok(_) => {}
         }
-        let promised = PROMISED.iter().find(|(kernel, _)| *kernel == instance.kernel());
-        if let (Some((_, promised)), Some(seen)) = (promised, seen.get(label)) {
+        if let (Some(promised), Some(seen)) = (promised(instance.kernel()), seen.get(label)) {
             let missing = promised.iter().filter(|i| !seen.contains(*i));
             broken.extend(missing.map(|i| format!("{label}: has no {i}, which it is there for")));
         }
@@ -266,7 +266,7 @@ fn render(
 ) -> String {
     let mut text = format!(
         "# Rewritten by `cargo xtask kernels --bless` ({}).\n\
-         # {ARCH}: registers a thread, bytes spilled, kernel, and of two instances of each kernel the instructions\n\
+         # {ARCH}: registers a thread, bytes spilled, kernel, and where speed rests on them the instructions\n\
          # {}. Before them a hash of each kernel's machine code, over all its instances.\n\
          # Elsewhere one instance of each kernel is compiled; nobody has run it there.\n",
         TOOLS[0].requirement,
