@@ -1,7 +1,7 @@
 """Makes the golden fixtures of crates/testkit: logits of Hugging Face transformers, teacher-forced, on a CPU.
 
     python -m venv VENV && VENV/bin/pip install -r requirements.txt
-    VENV/bin/python make.py tiny                   # tiny random models (four folders, one GGUF) and their logits
+    VENV/bin/python make.py tiny                   # tiny random models (folders, one GGUF) and their logits
     VENV/bin/python make.py smollm2 MODEL.gguf     # logits and token ids of SmolLM2-135M-Instruct
 
 Every model runs twice, attention "eager": with its bf16 weights upcast to fp32 (the truth that we are compared

@@ -204,4 +204,30 @@ MODELS = [
         ),
         shards=3,
     ),
+    # Qwen3 beyond its training by YaRN, as the hub's cards say to switch it on: 128 positions become 1024. Inside 600 positions
+    # there are waves that are kept, slowed and between. GQA 4, tied.
+    Tiny(
+        "qwen3-yarn",
+        _config(
+            "Qwen3ForCausalLM",
+            model_type="qwen3",
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            vocab_size=320,
+            rms_norm_eps=1e-6,
+            rope_theta=10000,
+            rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128},
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            sliding_window=None,
+            use_sliding_window=False,
+            max_window_layers=2,
+            torch_dtype="bfloat16",
+        ),
+    ),
 ]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 /// The tiny models, by folder name under `fixtures/models`.
-pub const TINY_MODELS: [&str; 4] = ["llama-untied", "llama-tied", "qwen3-tied", "qwen3-untied"];
+pub const TINY_MODELS: [&str; 5] = ["llama-untied", "llama-tied", "qwen3-tied", "qwen3-untied", "qwen3-yarn"];
 
 /// `crates/testkit/fixtures/{relative}`, in the folder that this was built from; `BITFAST_FIXTURES` names another
 /// place of the fixtures, for test binaries that run on a machine without the sources' path.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bitfast_llm::{EngineArgs, LLM, SamplingParams};
-use bitfast_model::{Gguf, GgufSource, ModelConfig, RopeScaling, WeightSource};
+use bitfast_model::{Gguf, GgufSource, ModelConfig, RopeScaling, WeightSource, Yarn};
 use bitfast_ops::Class;
 use bitfast_testkit::digest;
 use bitfast_testkit::figures;
@@ -41,6 +41,11 @@ fn qwen3_tied() {
 #[test]
 fn qwen3_untied_sharded() {
     check_tiny(TINY_MODELS[3]);
+}
+
+#[test]
+fn qwen3_with_yarn() {
+    check_tiny(TINY_MODELS[4]);
 }
 
 /// A GGUF file with a tensor of every block format, and divisors of the rotation's frequencies. Its weights are
@@ -96,6 +101,18 @@ fn wrong_models_are_caught() {
     assert!(matches!(unscaled.rope.scaling, RopeScaling::Llama3 { .. }));
     unscaled.rope.scaling = RopeScaling::None;
     fails("llama-untied", &unscaled);
+    let yarn = rig::tiny_config("qwen3-yarn");
+    let RopeScaling::Yarn(scaling) = yarn.rope.scaling else { panic!("{:?}", yarn.rope) };
+    for wrong in [
+        RopeScaling::Linear { factor: scaling.factor },
+        RopeScaling::Yarn(Yarn { attention_factor: 1.0, ..scaling }),
+        RopeScaling::Yarn(Yarn { original_max_position: 256, ..scaling }),
+        RopeScaling::Yarn(Yarn { beta_slow: 2.0, ..scaling }),
+    ] {
+        let mut config = yarn.clone();
+        config.rope.scaling = wrong;
+        fails("qwen3-yarn", &config);
+    }
     let mut eps = rig::tiny_config("qwen3-tied");
     eps.rms_norm_eps = 0.01;
     fails("qwen3-tied", &eps);

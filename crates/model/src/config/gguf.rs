@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{Architecture, ModelConfig, Rope, RopeScaling};
+use super::{Architecture, ModelConfig, Rope, RopeScaling, Yarn};
 use crate::ConfigError;
-use crate::gguf::{GgmlType, Gguf, MetaValue};
+use crate::gguf::{GgmlType, Gguf, MetaValue, TensorInfo};
 use crate::weights::gguf_name;
 
 /// What llama.cpp assumes when the key is absent.
@@ -22,6 +22,7 @@ fn key_of(field: &str) -> &str {
         "max_position_embeddings" => "context_length",
         "rms_norm_eps" => "attention.layer_norm_rms_epsilon",
         "rope_theta" => "rope.freq_base",
+        "rope_scaling" => "rope.scaling",
         other => other,
     }
 }
@@ -105,6 +106,11 @@ impl ModelConfig {
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
             eos_token_ids.extend(meta.token(key).filter(|id| !eos_token_ids.contains(id)));
         }
+        let positions = keys.required_count("context_length")?;
+        let rope = Rope {
+            theta: keys.number("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA),
+            scaling: scaling(&keys, head_dim, positions)?,
+        };
         let config = ModelConfig {
             architecture,
             hidden_size,
@@ -116,11 +122,8 @@ impl ModelConfig {
             vocab_size: embedding.shape[0],
             rms_norm_eps: rms_norm_eps.ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))?
                 as f32,
-            rope: Rope {
-                theta: keys.number("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA),
-                scaling: scaling(&keys, head_dim)?,
-            },
-            max_position_embeddings: keys.required_count("context_length")?,
+            max_position_embeddings: rope.max_position(positions),
+            rope,
             tie_word_embeddings: gguf.tensor("output.weight").is_none(),
             bos_token_id: meta.token("tokenizer.ggml.bos_token_id"),
             eos_token_ids,
@@ -166,23 +169,83 @@ fn architecture(gguf: &Gguf) -> Result<Architecture, ConfigError> {
     }
 }
 
-/// Llama 3's scaling comes as a tensor of divisors; other kinds are named in the metadata.
-fn scaling(keys: &Keys<'_>, head_dim: usize) -> Result<RopeScaling, ConfigError> {
-    if let Some(v) = keys.get("rope.scaling.type")
-        && v.as_str() != Some("none")
-    {
-        return Err(keys.invalid("rope.scaling.type", format!("{v:?} is not supported; only \"none\" is")));
+/// Llama 3's scaling comes as a tensor of divisors; other kinds are named in the metadata. A factor without a name is linear, as in
+/// llama.cpp.
+fn scaling(keys: &Keys<'_>, head_dim: usize, positions: usize) -> Result<RopeScaling, ConfigError> {
+    refuse_other_factors(keys)?;
+    let kind = match keys.get("rope.scaling.type") {
+        None => "linear",
+        Some(v) => {
+            v.as_str().ok_or_else(|| keys.invalid("rope.scaling.type", format!("{v:?} is not a string")))?
+        }
+    };
+    let factor = match keys.number("rope.scaling.factor")? {
+        // The older name.
+        None => keys.number("rope.scale_linear")?,
+        factor => factor,
+    };
+    // 0 stands for none there.
+    let factor = factor.filter(|factor| *factor != 0.0).unwrap_or(1.0);
+    let scaling = match kind {
+        "none" => RopeScaling::None,
+        "linear" if factor == 1.0 => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor },
+        "yarn" => RopeScaling::Yarn(yarn(keys, factor, positions)?),
+        other => {
+            let problem = format!("{other:?} is not supported; \"none\", \"linear\" and \"yarn\" are");
+            return Err(keys.invalid("rope.scaling.type", problem));
+        }
+    };
+    match (scaling, keys.gguf.tensor("rope_freqs.weight")) {
+        (scaling, None) => Ok(scaling),
+        (RopeScaling::None, Some(info)) => divisors(keys.gguf, info, head_dim),
+        (_, Some(_)) => {
+            Err(keys.invalid("rope.scaling", "is not supported beside the tensor rope_freqs.weight"))
+        }
     }
-    let Some(info) = keys.gguf.tensor("rope_freqs.weight") else { return Ok(RopeScaling::None) };
+}
+
+/// As llama.cpp runs it: both ends of the blend whole, and no attention factor but the paper's.
+fn yarn(keys: &Keys<'_>, factor: f64, positions: usize) -> Result<Yarn, ConfigError> {
+    let original_max_position = keys.count("rope.scaling.original_context_length")?;
+    Ok(Yarn {
+        factor,
+        original_max_position: original_max_position.unwrap_or(positions),
+        beta_fast: keys.number("rope.scaling.yarn_beta_fast")?.unwrap_or(Yarn::BETA_FAST),
+        beta_slow: keys.number("rope.scaling.yarn_beta_slow")?.unwrap_or(Yarn::BETA_SLOW),
+        truncate: true,
+        attention_factor: Yarn::mscale(factor, 1.0),
+    })
+}
+
+/// Further numbers of a scaling, which programs read in different ways: only what changes nothing is taken. A negative `yarn_ext_factor`
+/// stands for none.
+fn refuse_other_factors(keys: &Keys<'_>) -> Result<(), ConfigError> {
+    for (key, idle) in [
+        ("rope.scaling.attn_factor", &[1.0][..]),
+        ("rope.scaling.yarn_attn_factor", &[1.0]),
+        ("rope.scaling.yarn_ext_factor", &[1.0, -1.0]),
+        ("rope.scaling.yarn_log_multiplier", &[0.0]),
+    ] {
+        if let Some(value) = keys.number(key)?
+            && !idle.contains(&value)
+        {
+            return Err(keys.invalid(key, format!("{value} is not supported; only {} is", idle[0])));
+        }
+    }
+    Ok(())
+}
+
+fn divisors(gguf: &Gguf, info: &TensorInfo, head_dim: usize) -> Result<RopeScaling, ConfigError> {
     let invalid = |problem: String| {
-        let origin = keys.gguf.origin().to_owned();
+        let origin = gguf.origin().to_owned();
         Err(ConfigError::Invalid { origin, field: "tensor rope_freqs.weight".to_owned(), problem })
     };
     if info.dtype != GgmlType::F32 || info.shape != [head_dim / 2] {
         let (dtype, shape) = (info.dtype, &info.shape);
         return invalid(format!("{dtype} {shape:?} is not F32 of half a head's {head_dim} elements"));
     }
-    let (values, _) = keys.gguf.data(info).as_chunks::<4>();
+    let (values, _) = gguf.data(info).as_chunks::<4>();
     let divisors: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
     match divisors.iter().find(|d| !(d.is_finite() && **d > 0.0)) {
         Some(d) => invalid(format!("{d} is not a finite number above 0")),

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{Architecture, ModelConfig, Rope, RopeScaling};
+use super::{Architecture, ModelConfig, Rope, RopeScaling, Yarn};
 use crate::ConfigError;
 
 /// On the roadmap: known by name, so that the error can say so.
@@ -33,6 +33,8 @@ impl ModelConfig {
             }
             None => hidden_size / num_heads,
         };
+        let positions = f.count("max_position_embeddings")?.unwrap_or(DEFAULT_MAX_POSITIONS);
+        let rope = rope(&f, positions)?;
         ModelConfig {
             architecture,
             hidden_size,
@@ -43,8 +45,8 @@ impl ModelConfig {
             intermediate_size: f.required_count("intermediate_size")?,
             vocab_size: f.required_count("vocab_size")?,
             rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(DEFAULT_RMS_NORM_EPS) as f32,
-            rope: rope(&f)?,
-            max_position_embeddings: f.count("max_position_embeddings")?.unwrap_or(DEFAULT_MAX_POSITIONS),
+            max_position_embeddings: rope.max_position(positions),
+            rope,
             tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
             bos_token_id: f.token("bos_token_id")?,
             eos_token_ids: f.tokens("eos_token_id")?,
@@ -83,11 +85,7 @@ fn refuse_what_is_not_run(f: &Fields<'_>) -> Result<(), ConfigError> {
             return Err(f.invalid("hidden_act", format!("{act:?} is not supported; only \"silu\" is")));
         }
     }
-    if let Some(factor) = f.number("partial_rotary_factor")?
-        && factor != 1.0
-    {
-        return Err(f.invalid("partial_rotary_factor", format!("{factor} is not supported; only 1 is")));
-    }
+    refuse_partial_rotation(f)?;
     if f.get("quantization_config").is_some() {
         return Err(
             f.invalid("quantization_config", "quantised safetensors are not supported; GGUF files are")
@@ -105,12 +103,13 @@ fn refuse_what_is_not_run(f: &Fields<'_>) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Version 4 has `rope_theta` and `rope_scaling`, version 5 both inside `rope_parameters`.
-fn rope(f: &Fields<'_>) -> Result<Rope, ConfigError> {
+/// Version 4 has `rope_theta` and `rope_scaling`, version 5 both inside `rope_parameters`. `positions` is the context that the
+/// file names.
+fn rope(f: &Fields<'_>, positions: usize) -> Result<Rope, ConfigError> {
     let parameters = f.object("rope_parameters", "rope_parameters.")?;
     let scaling = match parameters {
-        Some(p) => Some(("rope_parameters", p)),
-        None => f.object("rope_scaling", "rope_scaling.")?.map(|p| ("rope_scaling", p)),
+        Some(p) => Some(p),
+        None => f.object("rope_scaling", "rope_scaling.")?,
     };
     let inner_theta = match parameters {
         Some(p) => p.number("rope_theta")?,
@@ -120,9 +119,10 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ConfigError> {
         Some(theta) => theta,
         None => f.number("rope_theta")?.unwrap_or(DEFAULT_ROPE_THETA),
     };
-    let Some((_, p)) = scaling else {
+    let Some(p) = scaling else {
         return Ok(Rope { theta, scaling: RopeScaling::None });
     };
+    refuse_partial_rotation(&p)?;
     // "type" is the older name of "rope_type".
     let kind = match p.text("rope_type")? {
         Some(kind) => kind,
@@ -130,16 +130,53 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ConfigError> {
     };
     let scaling = match kind {
         "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: p.required_number("factor")? },
         "llama3" => RopeScaling::Llama3 {
             factor: p.required_number("factor")?,
             low_freq_factor: p.required_number("low_freq_factor")?,
             high_freq_factor: p.required_number("high_freq_factor")?,
             original_max_position: p.required_count("original_max_position_embeddings")?,
         },
+        "yarn" => RopeScaling::Yarn(yarn(&p, positions)?),
         other => {
-            let problem = format!("{other:?} is not supported; \"default\" and \"llama3\" are");
+            let problem =
+                format!("{other:?} is not supported; \"default\", \"linear\", \"llama3\" and \"yarn\" are");
             return Err(p.invalid("rope_type", problem));
         }
     };
     Ok(Rope { theta, scaling })
+}
+
+/// With the defaults of transformers: without a factor the growth of the context is the factor.
+fn yarn(p: &Fields<'_>, positions: usize) -> Result<Yarn, ConfigError> {
+    let original_max_position = p.required_count("original_max_position_embeddings")?;
+    let factor = match p.number("factor")? {
+        Some(factor) => factor,
+        None => positions as f64 / original_max_position as f64,
+    };
+    let weight = |name: &str| Ok(p.number(name)?.filter(|weight| *weight != 0.0));
+    let attention_factor = match (p.number("attention_factor")?, weight("mscale")?, weight("mscale_all_dim")?)
+    {
+        (Some(attention_factor), ..) => attention_factor,
+        (None, Some(one), Some(all)) => Yarn::mscale(factor, one) / Yarn::mscale(factor, all),
+        (None, ..) => Yarn::mscale(factor, 1.0),
+    };
+    Ok(Yarn {
+        factor,
+        original_max_position,
+        beta_fast: p.number("beta_fast")?.unwrap_or(Yarn::BETA_FAST),
+        beta_slow: p.number("beta_slow")?.unwrap_or(Yarn::BETA_SLOW),
+        truncate: p.flag("truncate")?.unwrap_or(true),
+        attention_factor,
+    })
+}
+
+/// At the top in version 4, among the parameters of the rotation in version 5.
+fn refuse_partial_rotation(f: &Fields<'_>) -> Result<(), ConfigError> {
+    match f.number("partial_rotary_factor")? {
+        Some(factor) if factor != 1.0 => {
+            Err(f.invalid("partial_rotary_factor", format!("{factor} is not supported; only 1 is")))
+        }
+        _ => Ok(()),
+    }
 }

@@ -5,8 +5,10 @@ mod fields;
 mod generation;
 mod gguf;
 mod hf;
+mod rope;
 
 pub use generation::GenerationConfig;
+pub use rope::{Rope, RopeScaling, Yarn};
 
 use crate::ConfigError;
 
@@ -38,35 +40,6 @@ impl Architecture {
             Architecture::Qwen3 => "qwen3",
         }
     }
-}
-
-/// How positions turn q and k.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Change of the frequencies for long contexts.
-    pub scaling: RopeScaling,
-}
-
-/// Change of the rotation frequencies for long contexts.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Frequencies as they are.
-    None,
-    /// Llama 3.1's blend by wavelength (`rope_type: llama3`).
-    Llama3 {
-        /// Slows long waves.
-        factor: f64,
-        /// Waves longer than the original context over this are slowed fully.
-        low_freq_factor: f64,
-        /// Waves shorter than the original context over this are kept.
-        high_freq_factor: f64,
-        /// Context length that the model was first trained with.
-        original_max_position: usize,
-    },
-    /// One divisor per frequency, precomputed (the `rope_freqs` tensor of a GGUF file). `[head_dim / 2]`
-    Divisors(Vec<f32>),
 }
 
 /// A dense decoder-only transformer. Made by the `from_*` functions, which check every limit named here.
@@ -110,19 +83,8 @@ const MAX_POSITIONS: usize = 1 << 27;
 impl ModelConfig {
     /// Digest of everything in the config that a logit's bits depend on.
     pub fn digest(&self) -> blake3::Hash {
-        let Rope { theta, scaling } = &self.rope;
-        let scaling = match scaling {
-            RopeScaling::None => "none".to_owned(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-                let bits = [factor, low_freq_factor, high_freq_factor].map(|f| f.to_bits());
-                format!("llama3 {bits:x?} {original_max_position}")
-            }
-            RopeScaling::Divisors(divisors) => {
-                format!("divisors {:x?}", divisors.iter().map(|d| d.to_bits()).collect::<Vec<_>>())
-            }
-        };
         let text = format!(
-            "{} hidden {} layers {} heads {}/{} x {} inner {} vocab {} eps {:x} theta {:x} scaling {scaling} tied {}",
+            "{} hidden {} layers {} heads {}/{} x {} inner {} vocab {} eps {:x} {} tied {}",
             self.architecture.hf_name(),
             self.hidden_size,
             self.num_layers,
@@ -132,7 +94,7 @@ impl ModelConfig {
             self.intermediate_size,
             self.vocab_size,
             self.rms_norm_eps.to_bits(),
-            theta.to_bits(),
+            self.rope.digest_text(),
             self.tie_word_embeddings,
         );
         blake3::hash(text.as_bytes())
@@ -149,6 +111,10 @@ impl ModelConfig {
         let invalid = |name: &str, problem: String| {
             Err(ConfigError::Invalid { origin: origin.to_owned(), field: field(name), problem })
         };
+        // First, as the longest context may follow from it.
+        if let Some((name, problem)) = self.rope.problem() {
+            return invalid(name, problem);
+        }
         for (name, value, max) in [
             ("hidden_size", self.hidden_size, MAX_DIM),
             ("num_hidden_layers", self.num_layers, MAX_LAYERS),
@@ -176,16 +142,6 @@ impl ModelConfig {
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
             return invalid("rms_norm_eps", format!("{} is not between 0 and 1", self.rms_norm_eps));
-        }
-        if !(self.rope.theta > 1.0 && self.rope.theta.is_finite()) {
-            return invalid("rope_theta", format!("{} is not a finite number above 1", self.rope.theta));
-        }
-        if let RopeScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } =
-            self.rope.scaling
-            && !(factor >= 1.0 && factor.is_finite() && low > 0.0 && high > low && high.is_finite())
-        {
-            let problem = format!("factor {factor}, low_freq_factor {low}, high_freq_factor {high}");
-            return invalid("rope_scaling", problem);
         }
         for (name, id) in self
             .bos_token_id

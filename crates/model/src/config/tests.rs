@@ -88,6 +88,14 @@ fn what_cannot_be_run_is_refused_by_name() {
         v["rope_scaling"][key] = value;
         v
     };
+    // Numbers beside those of a good one.
+    let yarn = |numbers: Value| {
+        let mut scaling =
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192});
+        scaling.as_object_mut().unwrap().extend(numbers.as_object().unwrap().clone());
+        with("rope_scaling", scaling)
+    };
+    parse(&yarn(json!({}))).unwrap();
     let cases = [
         (without("architectures"), "field architectures is missing"),
         (with("architectures", json!([])), "architectures: [] is not a list of one name"),
@@ -125,7 +133,33 @@ fn what_cannot_be_run_is_refused_by_name() {
         (with("rms_norm_eps", json!(-1e-5)), "rms_norm_eps: -0.00001 is not between"),
         (with("rope_theta", json!(0)), "rope_theta: 0 is not a finite number above 1"),
         (with("rope_scaling", json!("llama3")), "rope_scaling: \"llama3\" is not an object"),
-        (rope("rope_type", json!("yarn")), "rope_scaling.rope_type: \"yarn\" is not supported"),
+        (
+            rope("rope_type", json!("dynamic")),
+            "rope_scaling.rope_type: \"dynamic\" is not supported; \"default\", \"linear\", \"llama3\" and \"yarn\" are",
+        ),
+        (
+            rope("partial_rotary_factor", json!(0.5)),
+            "rope_scaling.partial_rotary_factor: 0.5 is not supported",
+        ),
+        (
+            yarn(json!({"original_max_position_embeddings": null})),
+            "field rope_scaling.original_max_position_embeddings",
+        ),
+        (
+            yarn(json!({"original_max_position_embeddings": 0})),
+            "rope_scaling: factor 4, original_max_position_embeddings 0, beta_fast 32",
+        ),
+        (
+            yarn(json!({"factor": 0.5})),
+            "rope_scaling: factor 0.5, original_max_position_embeddings 8192, beta_fast 32",
+        ),
+        (yarn(json!({"factor": 1e300})), "rope_scaling: factor 1000000000000000"),
+        (yarn(json!({"beta_fast": 1})), "beta_fast 1, beta_slow 1, attention_factor"),
+        (yarn(json!({"beta_slow": 0})), "beta_slow 0, attention_factor"),
+        (yarn(json!({"attention_factor": 0})), "attention_factor 0"),
+        (yarn(json!({"truncate": 1})), "rope_scaling.truncate: 1 is not true or false"),
+        (with("rope_scaling", json!({"type": "linear"})), "field rope_scaling.factor is missing"),
+        (with("rope_scaling", json!({"type": "linear", "factor": 0})), "rope_scaling: factor 0"),
         (rope("factor", Value::Null), "field rope_scaling.factor is missing"),
         (rope("factor", json!(0.5)), "rope_scaling: factor 0.5"),
         (
@@ -163,12 +197,28 @@ fn the_digest_covers_what_logits_depend_on_and_nothing_else() {
     assert_eq!(digest(|c| c.eos_token_ids = vec![9]), base.digest());
     assert_eq!(digest(|c| c.bos_token_id = None), base.digest());
     assert_eq!(digest(|c| c.max_position_embeddings = 7), base.digest());
-    let changes: [fn(&mut ModelConfig); 8] = [
+    const YARN: Yarn = Yarn {
+        factor: 2.0,
+        original_max_position: 512,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        attention_factor: 1.5,
+    };
+    let changes: [fn(&mut ModelConfig); 16] = [
         |c| c.architecture = Architecture::Qwen3,
         |c| c.rms_norm_eps = 1e-6,
         |c| c.rope.theta = 10_001.0,
         |c| c.rope.scaling = RopeScaling::Divisors(vec![1.0; 32]),
         |c| c.rope.scaling = RopeScaling::Divisors(vec![2.0; 32]),
+        |c| c.rope.scaling = RopeScaling::Linear { factor: 2.0 },
+        |c| c.rope.scaling = RopeScaling::Yarn(YARN),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { factor: 3.0, ..YARN }),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { original_max_position: 513, ..YARN }),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { beta_fast: 31.0, ..YARN }),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { beta_slow: 2.0, ..YARN }),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { truncate: false, ..YARN }),
+        |c| c.rope.scaling = RopeScaling::Yarn(Yarn { attention_factor: 1.25, ..YARN }),
         |c| c.tie_word_embeddings = true,
         |c| c.num_kv_heads = 4,
         |c| c.num_layers = 3,
@@ -211,6 +261,43 @@ fn gguf_metadata_gives_a_config() {
 }
 
 #[test]
+fn gguf_rope_scalings_are_those_of_llama_cpp() {
+    let read = |w: Writer| {
+        let c = ModelConfig::from_gguf(&w.parse().unwrap()).unwrap();
+        (c.rope.scaling, c.max_position_embeddings)
+    };
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    // A factor without a type is linear; 0 and 1 are none.
+    let key = "llama.rope.scaling.factor";
+    assert_eq!(read(small_llama_with_tensors().f32(key, 4.0)), (linear.clone(), 128));
+    assert_eq!(read(small_llama_with_tensors().f32("llama.rope.scale_linear", 4.0)), (linear, 128));
+    assert_eq!(read(small_llama_with_tensors().f32(key, 0.0)).0, RopeScaling::None);
+    assert_eq!(read(small_llama_with_tensors().f32(key, 1.0)).0, RopeScaling::None);
+    let none = small_llama_with_tensors().f32(key, 4.0).text("llama.rope.scaling.type", "none");
+    assert_eq!(read(none).0, RopeScaling::None);
+    let yarn = || small_llama_with_tensors().f32(key, 4.0).text("llama.rope.scaling.type", "yarn");
+    let expected = Yarn {
+        factor: 4.0,
+        original_max_position: 32,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        attention_factor: 0.1 * libm::log(4.0) + 1.0,
+    };
+    let original = "llama.rope.scaling.original_context_length";
+    assert_eq!(read(yarn().u32(original, 32)), (RopeScaling::Yarn(expected), 128));
+    // The context of the file is the original one, unless it says otherwise.
+    let scaling =
+        RopeScaling::Yarn(Yarn { original_max_position: 128, beta_fast: 8.0, beta_slow: 2.0, ..expected });
+    let file = yarn()
+        .f32("llama.rope.scaling.yarn_beta_fast", 8.0)
+        .f32("llama.rope.scaling.yarn_beta_slow", 2.0)
+        .f32("llama.rope.scaling.yarn_ext_factor", -1.0)
+        .f32("llama.rope.scaling.attn_factor", 1.0);
+    assert_eq!(read(file), (scaling, 512));
+}
+
+#[test]
 fn bad_gguf_metadata_is_named() {
     let embedding =
         |w: Writer| w.tensor("token_embd.weight", &small_llama_tensors()["token_embd.weight"], 0, &[0; 2048]);
@@ -229,8 +316,30 @@ fn bad_gguf_metadata_is_named() {
             "llama.rope.dimension_count: 16 differs",
         ),
         (
-            embedding(small_llama()).text("llama.rope.scaling.type", "yarn"),
-            "llama.rope.scaling.type: String(\"yarn\")",
+            embedding(small_llama()).text("llama.rope.scaling.type", "longrope"),
+            "llama.rope.scaling.type: \"longrope\" is not supported; \"none\", \"linear\" and \"yarn\" are",
+        ),
+        (
+            embedding(small_llama()).u32("llama.rope.scaling.type", 2),
+            "llama.rope.scaling.type: Unsigned(2) is not a string",
+        ),
+        (embedding(small_llama()).f32("llama.rope.scaling.factor", 0.5), "llama.rope.scaling: factor 0.5"),
+        (
+            embedding(small_llama()).f32("llama.rope.scaling.yarn_attn_factor", 0.5),
+            "llama.rope.scaling.yarn_attn_factor: 0.5 is not supported; only 1 is",
+        ),
+        (
+            embedding(small_llama()).f32("llama.rope.scaling.yarn_log_multiplier", 0.1),
+            "llama.rope.scaling.yarn_log_multiplier: 0.1",
+        ),
+        (
+            embedding(small_llama()).f32("llama.rope.scaling.factor", 2.0).tensor(
+                "rope_freqs.weight",
+                &[16],
+                0,
+                &[0; 64],
+            ),
+            "llama.rope.scaling: is not supported beside the tensor rope_freqs.weight",
         ),
         (
             embedding(small_llama()).u32("llama.attention.key_length", 33),
