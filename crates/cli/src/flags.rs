@@ -9,8 +9,8 @@ use crate::bench::flags::{
 };
 use crate::verify::VerifyArgs;
 use bitfast::{
-    Class, DEFAULT_MODEL, Device, EngineArgs, KvCacheMemory, LoadFormat, SamplingParams, SchedulingPolicy,
-    Structured,
+    Class, DEFAULT_MODEL, Device, EngineArgs, HfOverrides, KvCacheMemory, LoadFormat, SamplingParams,
+    SchedulingPolicy, Structured,
 };
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -219,6 +219,9 @@ pub struct EngineFlags {
     /// Branch, tag or commit of a hub model
     #[arg(long)]
     pub revision: Option<String>,
+    /// Fields that replace those of config.json, such as '{"rope_scaling": {"rope_type": "yarn", ..}}' for longer contexts
+    #[arg(long, value_name = "JSON", default_value = "{}", hide_default_value = true)]
+    pub hf_overrides: HfOverrides,
     /// Folder or hub id of another tokenizer
     #[arg(long, value_name = "NAME")]
     pub tokenizer: Option<String>,
@@ -298,6 +301,7 @@ impl EngineFlags {
     pub fn to_args(&self) -> bitfast::Result<EngineArgs> {
         let mut args = EngineArgs::new(&self.model).with_env()?;
         args.revision.clone_from(&self.revision);
+        args.hf_overrides.clone_from(&self.hf_overrides);
         args.tokenizer.clone_from(&self.tokenizer);
         args.skip_tokenizer_init = self.skip_tokenizer_init;
         args.chat_template.clone_from(&self.chat_template);

@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use bitfast::{Class, EngineArgs, LoadFormat, Transcript, Verification, Verifier, VerifyOptions};
+use bitfast::{
+    Class, EngineArgs, HfOverrides, LoadFormat, Transcript, Verification, Verifier, VerifyOptions,
+};
 use clap::Args;
 
 use crate::exit::{Exit, Outcome, say};
@@ -39,6 +41,9 @@ pub struct VerifyArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long)]
     pub revision: Option<String>,
+    /// Fields that replace those of config.json, as the transcript's engine had them
+    #[arg(long, value_name = "JSON", default_value = "{}", hide_default_value = true)]
+    pub hf_overrides: HfOverrides,
     /// auto, safetensors, gguf, or dummy (random weights, the same on every machine)
     #[arg(long, value_name = "FORMAT", default_value_t)]
     pub load_format: LoadFormat,
@@ -88,6 +93,7 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     let transcripts = Transcript::read(&args.transcript)?;
     let engine_args = EngineArgs {
         revision: args.revision.clone(),
+        hf_overrides: args.hf_overrides.clone(),
         load_format: args.load_format,
         threads: args.threads,
         numerics: args.numerics,

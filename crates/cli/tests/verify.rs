@@ -101,3 +101,52 @@ fn what_is_no_transcript_of_the_model_is_refused() {
     let loose = format!("{fingerprint}-unconstrained");
     refused(&write(&dir, "loose.json", good.replace(fingerprint, &loose)), &[], "gave up the law");
 }
+
+/// A context made longer by YaRN: used past the file's own limit, told by the fingerprint, derived again with the same flag only.
+#[test]
+fn fields_of_a_config_can_be_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testkit/fixtures/models/qwen3-tied");
+    let folder = folder.display().to_string();
+    let yarn =
+        r#"{"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}}"#;
+    let ids: Vec<u32> = (0..1030).collect();
+    let line = serde_json::json!({"prompt_token_ids": ids.iter().map(|i| i % 900).collect::<Vec<u32>>(),
+        "max_tokens": 4, "temperature": 0, "logprobs": 2, "ignore_eos": true});
+    let prompts = write(&dir, "prompts.jsonl", line.to_string()).display().to_string();
+    let answers = dir.path().join("answers.jsonl");
+    let to = answers.display().to_string();
+    let run = |flags: &[&str]| {
+        let args =
+            ["run", "-q", "-m", &folder, "--skip-tokenizer-init", "--prompts", &prompts, "--output", &to];
+        let output = bitfast(&[&args, flags].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let verify = |flags: &[&str]| {
+        let output = bitfast(&[&["verify", "-q", "-m", &folder, &to], flags].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, err) = run(&[]);
+    assert!(code == Some(2) && err.contains("1030"), "{err}");
+    std::fs::remove_file(&answers).unwrap_or_default();
+    assert_eq!(run(&["--hf-overrides", yarn]), (Some(0), String::new()));
+    assert_eq!(verify(&["--hf-overrides", yarn]), (Some(0), String::new()));
+    let (code, err) = verify(&[]);
+    assert!(code == Some(2) && err.contains("the model reads at most 1024"), "{err}");
+    let (code, err) = verify(&["--hf-overrides", &yarn.replace("2.0", "2.5")]);
+    assert!(code == Some(2) && err.contains("is not this model's fingerprint"), "{err}");
+
+    let (code, err) = run(&["--hf-overrides", "{\"rope_theta\": 0.5}"]);
+    assert!(
+        code == Some(2) && err.contains("config.json with hf_overrides: field rope_theta: 0.5 is not"),
+        "{err}"
+    );
+    let (code, err) = run(&["--hf-overrides", "{\"rope_scale\": {}}"]);
+    assert!(code == Some(2) && err.contains("field rope_scale: is not read from config.json"), "{err}");
+    let other = bitfast(&["run", "x", "-m", "tiny-llama", "--load-format", "dummy", "--hf-overrides", yarn]);
+    let err = String::from_utf8(other.stderr).unwrap();
+    assert!(
+        other.status.code() == Some(2) && err.contains("hf_overrides: tiny-llama has no config.json"),
+        "{err}"
+    );
+}

@@ -2,6 +2,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use bitfast_model::HfOverrides;
 use bitfast_ops::Class;
 
 use crate::env;
@@ -30,6 +31,8 @@ pub struct EngineArgs {
     pub model: String,
     /// Branch, tag or commit of a hub model.
     pub revision: Option<String>,
+    /// Fields that replace those of the model's `config.json`.
+    pub hf_overrides: HfOverrides,
     /// A folder, hub id or `tokenizer.json` to use instead of the model's own tokenizer.
     pub tokenizer: Option<String>,
     /// Start without a tokenizer: token ids in, token ids out.
@@ -86,6 +89,7 @@ impl EngineArgs {
         Self {
             model: model.into(),
             revision: None,
+            hf_overrides: HfOverrides::default(),
             tokenizer: None,
             skip_tokenizer_init: false,
             chat_template: None,

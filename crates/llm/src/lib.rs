@@ -32,7 +32,7 @@ pub use bitfast_engine::{
     Clock, EngineHandle, EngineInfo, EngineStats, Event, Health, ProfileError, RequestGuard, RequestMetrics,
     RestoreError, Shutdown, SleepError, SleepLevel, SleepState, StepRecord, SystemClock,
 };
-pub use bitfast_model::GenerationConfig;
+pub use bitfast_model::{GenerationConfig, HfOverrides};
 pub use bitfast_ops::Class;
 pub use bitfast_text::{
     AnswerParser, AnswerPart, ChatMessage, Grammar, PromptEnd, RenderOptions, SpecialTokens, Thinking,

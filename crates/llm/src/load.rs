@@ -98,10 +98,14 @@ fn open(args: &EngineArgs, files: &ModelFiles, gguf: Option<&Arc<Gguf>>) -> Resu
     let bad =
         |e: &dyn std::fmt::Display| Error::BadModel { name: args.model.clone(), message: e.to_string() };
     let (config, generation) = match (files, gguf) {
+        (ModelFiles::Gguf(_) | ModelFiles::Builtin(_), _) if !args.hf_overrides.is_empty() => {
+            return Err(Error::invalid("hf_overrides", format!("{} has no config.json", args.model)));
+        }
         (_, Some(gguf)) => (ModelConfig::from_gguf(gguf).map_err(|e| bad(&e))?, GenerationConfig::default()),
         (ModelFiles::Folder(dir), None) => {
             let (origin, text) = read(&dir.join("config.json"))?;
-            let config = ModelConfig::from_hf_json(&origin, &text).map_err(|e| bad(&e))?;
+            let config = ModelConfig::from_hf_json_with(&origin, &text, &args.hf_overrides);
+            let config = config.map_err(|e| bad(&e))?;
             let path = dir.join("generation_config.json");
             let generation = if path.exists() {
                 let (origin, text) = read(&path)?;

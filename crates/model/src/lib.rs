@@ -16,7 +16,7 @@ mod weights;
 
 pub use arch::{Model, PackedWeights, kv_layout, load, tensor_specs};
 pub use blake3::Hash;
-pub use config::{Architecture, GenerationConfig, ModelConfig, Rope, RopeScaling, Yarn};
+pub use config::{Architecture, GenerationConfig, HfOverrides, ModelConfig, Rope, RopeScaling, Yarn};
 pub use error::{ConfigError, LoadError, WeightError};
 pub use gguf::{GgmlType, Gguf, MetaArray, MetaValue, Metadata, TensorInfo};
 pub use load::{LoadOptions, Loaded, Progress, weights_digest};

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{Architecture, ModelConfig, Rope, RopeScaling, Yarn};
+use super::{Architecture, HfOverrides, ModelConfig, Rope, RopeScaling, Yarn};
 use crate::ConfigError;
 
 /// On the roadmap: known by name, so that the error can say so.
@@ -17,10 +17,22 @@ const DEFAULT_MAX_POSITIONS: usize = 2048;
 impl ModelConfig {
     /// Parses the text of a `config.json`; `origin` names the file in errors.
     pub fn from_hf_json(origin: &str, text: &str) -> Result<Self, ConfigError> {
-        let map = Fields::parse(origin, text)?;
-        let f = Fields::top(origin, &map);
-        let architecture = architecture(&f)?;
-        refuse_what_is_not_run(&f)?;
+        Self::from_hf_json_with(origin, text, &HfOverrides::default())
+    }
+
+    /// The same with some fields replaced.
+    pub fn from_hf_json_with(origin: &str, text: &str, overrides: &HfOverrides) -> Result<Self, ConfigError> {
+        let mut map = Fields::parse(origin, text)?;
+        if overrides.is_empty() {
+            return Self::from_fields(&Fields::top(origin, &map));
+        }
+        overrides.apply(&mut map);
+        Self::from_fields(&Fields::top(&format!("{origin} with hf_overrides"), &map))
+    }
+
+    fn from_fields(f: &Fields<'_>) -> Result<Self, ConfigError> {
+        let architecture = architecture(f)?;
+        refuse_what_is_not_run(f)?;
         let hidden_size = f.required_count("hidden_size")?;
         let num_heads = f.required_count("num_attention_heads")?;
         let head_dim = match f.count("head_dim")? {
@@ -34,7 +46,7 @@ impl ModelConfig {
             None => hidden_size / num_heads,
         };
         let positions = f.count("max_position_embeddings")?.unwrap_or(DEFAULT_MAX_POSITIONS);
-        let rope = rope(&f, positions)?;
+        let rope = rope(f, positions)?;
         ModelConfig {
             architecture,
             hidden_size,
@@ -51,7 +63,7 @@ impl ModelConfig {
             bos_token_id: f.token("bos_token_id")?,
             eos_token_ids: f.tokens("eos_token_id")?,
         }
-        .validated(origin, &str::to_owned)
+        .validated(f.origin, &str::to_owned)
     }
 }
 

@@ -5,9 +5,11 @@ mod fields;
 mod generation;
 mod gguf;
 mod hf;
+mod overrides;
 mod rope;
 
 pub use generation::GenerationConfig;
+pub use overrides::HfOverrides;
 pub use rope::{Rope, RopeScaling, Yarn};
 
 use crate::ConfigError;
