@@ -63,7 +63,7 @@ impl Yarn {
 
     /// The paper's growth of the attention factor with the context: `0.1 * weight * ln(factor) + 1`.
     pub(super) fn mscale(factor: f64, weight: f64) -> f64 {
-        if factor <= 1.0 { 1.0 } else { 0.1 * weight * libm::log(factor) + 1.0 }
+        0.1 * weight * libm::log(factor) + 1.0
     }
 }
 
