@@ -1,5 +1,6 @@
-"""A tiny Llama as a GGUF file with a tensor of every block format that Bitfast reads. The blocks are random bytes
-under sane scales; what they mean is said by the gguf package."""
+"""A tiny Llama as a GGUF file with tensors of eight element types, five of them block formats. The blocks are random
+bytes under sane scales; what they mean is said by the gguf package. (Crate model's own tests compare every type that
+Bitfast reads with that package.)"""
 
 from pathlib import Path
 

@@ -48,8 +48,8 @@ fn qwen3_with_yarn() {
     check_tiny(TINY_MODELS[4]);
 }
 
-/// A GGUF file with a tensor of every block format, and divisors of the rotation's frequencies. Its weights are
-/// compared to the bit with what the gguf package reads, after that the logits.
+/// A GGUF file with tensors of eight element types (they are in the recipe, `tiny_gguf.py`), and divisors of the
+/// rotation's frequencies. Its weights are compared to the bit with what the gguf package reads, after that the logits.
 #[test]
 fn llama_gguf() {
     #[derive(serde::Deserialize)]

@@ -2,7 +2,11 @@
 //!
 //! A decoded value is computed in fp32 in the order in which ggml's own reference decoder computes it (block
 //! scale times sub-block scale first), then rounded once to bf16. Loops run over fixed-size blocks without
-//! branches, so that they vectorise.
+//! branches, so that they vectorise (but for the look-ups of `codebook`).
+
+mod codebook;
+mod k;
+mod legacy;
 
 use std::fmt;
 
@@ -24,24 +28,49 @@ pub enum GgmlType {
     Q4_0,
     /// 32 elements: scale, minimum, 4-bit values.
     Q4_1,
+    /// 32 elements: scale, 5-bit values minus 16.
+    Q5_0,
+    /// 32 elements: scale, minimum, 5-bit values.
+    Q5_1,
     /// 32 elements: scale, 8-bit values.
     Q8_0,
+    /// 256 elements: two scales, sixteen 4-bit pairs of (scale, minimum), 2-bit values.
+    Q2K,
+    /// 256 elements: scale, sixteen 6-bit scales minus 32, 3-bit values minus 4.
+    Q3K,
     /// 256 elements: two scales, eight 6-bit pairs of (scale, minimum), 4-bit values.
     Q4K,
+    /// 256 elements: two scales, eight 6-bit pairs of (scale, minimum), 5-bit values.
+    Q5K,
     /// 256 elements: scale, sixteen 8-bit scales, 6-bit values minus 32.
     Q6K,
+    /// 32 elements: scale, 4-bit numbers of values in a table of 8-bit ones.
+    Iq4Nl,
+    /// 256 elements: scale, eight 6-bit scales minus 32, values as in [`GgmlType::Iq4Nl`].
+    Iq4Xs,
+    /// 32 elements: a power of two, 4-bit floats (OCP microscaling).
+    Mxfp4,
 }
 
 impl GgmlType {
-    const ALL: [(u32, &'static str, GgmlType); 8] = [
+    /// Number in the file format, name, type.
+    pub(crate) const ALL: [(u32, &'static str, GgmlType); 16] = [
         (0, "F32", GgmlType::F32),
         (1, "F16", GgmlType::F16),
         (30, "BF16", GgmlType::Bf16),
         (2, "Q4_0", GgmlType::Q4_0),
         (3, "Q4_1", GgmlType::Q4_1),
+        (6, "Q5_0", GgmlType::Q5_0),
+        (7, "Q5_1", GgmlType::Q5_1),
         (8, "Q8_0", GgmlType::Q8_0),
+        (10, "Q2_K", GgmlType::Q2K),
+        (11, "Q3_K", GgmlType::Q3K),
         (12, "Q4_K", GgmlType::Q4K),
+        (13, "Q5_K", GgmlType::Q5K),
         (14, "Q6_K", GgmlType::Q6K),
+        (20, "IQ4_NL", GgmlType::Iq4Nl),
+        (23, "IQ4_XS", GgmlType::Iq4Xs),
+        (39, "MXFP4", GgmlType::Mxfp4),
     ];
 
     /// The type with this number in the file format, if it is one that can be decoded.
@@ -59,11 +88,19 @@ impl GgmlType {
         match self {
             GgmlType::F32 => (1, 4),
             GgmlType::F16 | GgmlType::Bf16 => (1, 2),
-            GgmlType::Q4_0 => (32, Q4_0_BYTES),
-            GgmlType::Q4_1 => (32, Q4_1_BYTES),
-            GgmlType::Q8_0 => (32, Q8_0_BYTES),
-            GgmlType::Q4K => (256, Q4K_BYTES),
-            GgmlType::Q6K => (256, Q6K_BYTES),
+            GgmlType::Q4_0 => (32, legacy::Q4_0_BYTES),
+            GgmlType::Q4_1 => (32, legacy::Q4_1_BYTES),
+            GgmlType::Q5_0 => (32, legacy::Q5_0_BYTES),
+            GgmlType::Q5_1 => (32, legacy::Q5_1_BYTES),
+            GgmlType::Q8_0 => (32, legacy::Q8_0_BYTES),
+            GgmlType::Q2K => (256, k::Q2K_BYTES),
+            GgmlType::Q3K => (256, k::Q3K_BYTES),
+            GgmlType::Q4K => (256, k::Q4K_BYTES),
+            GgmlType::Q5K => (256, k::Q5K_BYTES),
+            GgmlType::Q6K => (256, k::Q6K_BYTES),
+            GgmlType::Iq4Nl => (32, codebook::IQ4_NL_BYTES),
+            GgmlType::Iq4Xs => (256, codebook::IQ4_XS_BYTES),
+            GgmlType::Mxfp4 => (32, codebook::MXFP4_BYTES),
         }
     }
 
@@ -81,11 +118,19 @@ impl GgmlType {
             GgmlType::Bf16 => each(bytes, out, |b: &[u8; 2], y: &mut [bf16; 1]| {
                 y[0] = bf16::from_le_bytes(*b);
             }),
-            GgmlType::Q4_0 => each(bytes, out, q4_0),
-            GgmlType::Q4_1 => each(bytes, out, q4_1),
-            GgmlType::Q8_0 => each(bytes, out, q8_0),
-            GgmlType::Q4K => each(bytes, out, q4k),
-            GgmlType::Q6K => each(bytes, out, q6k),
+            GgmlType::Q4_0 => each(bytes, out, legacy::q4_0),
+            GgmlType::Q4_1 => each(bytes, out, legacy::q4_1),
+            GgmlType::Q5_0 => each(bytes, out, legacy::q5_0),
+            GgmlType::Q5_1 => each(bytes, out, legacy::q5_1),
+            GgmlType::Q8_0 => each(bytes, out, legacy::q8_0),
+            GgmlType::Q2K => each(bytes, out, k::q2k),
+            GgmlType::Q3K => each(bytes, out, k::q3k),
+            GgmlType::Q4K => each(bytes, out, k::q4k),
+            GgmlType::Q5K => each(bytes, out, k::q5k),
+            GgmlType::Q6K => each(bytes, out, k::q6k),
+            GgmlType::Iq4Nl => each(bytes, out, codebook::iq4_nl),
+            GgmlType::Iq4Xs => each(bytes, out, codebook::iq4_xs),
+            GgmlType::Mxfp4 => each(bytes, out, codebook::mxfp4),
         }
     }
 }
@@ -96,12 +141,6 @@ impl fmt::Display for GgmlType {
         f.write_str(name)
     }
 }
-
-const Q4_0_BYTES: usize = 2 + 16;
-const Q4_1_BYTES: usize = 2 + 2 + 16;
-const Q8_0_BYTES: usize = 2 + 32;
-const Q4K_BYTES: usize = 2 + 2 + 12 + 128;
-const Q6K_BYTES: usize = 128 + 64 + 16 + 2;
 
 /// Runs `decode` on every block of `I` bytes and `O` elements.
 #[inline(always)]
@@ -122,81 +161,5 @@ fn f16_at(b: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
 }
 
-/// Low nibbles are the first 16 elements, high nibbles the last 16.
-#[inline(always)]
-fn q4_0(b: &[u8; Q4_0_BYTES], y: &mut [bf16; 32]) {
-    let d = f16_at(b, 0);
-    let (low, high) = y.split_at_mut(16);
-    for ((&q, l), h) in b[2..].iter().zip(low).zip(high) {
-        *l = to_bf16((i32::from(q & 15) - 8) as f32 * d);
-        *h = to_bf16((i32::from(q >> 4) - 8) as f32 * d);
-    }
-}
-
-#[inline(always)]
-fn q4_1(b: &[u8; Q4_1_BYTES], y: &mut [bf16; 32]) {
-    let (d, m) = (f16_at(b, 0), f16_at(b, 2));
-    let (low, high) = y.split_at_mut(16);
-    for ((&q, l), h) in b[4..].iter().zip(low).zip(high) {
-        *l = to_bf16(f32::from(q & 15) * d + m);
-        *h = to_bf16(f32::from(q >> 4) * d + m);
-    }
-}
-
-#[inline(always)]
-fn q8_0(b: &[u8; Q8_0_BYTES], y: &mut [bf16; 32]) {
-    let d = f16_at(b, 0);
-    for (&q, y) in b[2..].iter().zip(y) {
-        *y = to_bf16(f32::from(q as i8) * d);
-    }
-}
-
-/// Eight sub-blocks of 32, in pairs that share 32 bytes: low nibbles, then high nibbles.
-#[inline(always)]
-fn q4k(b: &[u8; Q4K_BYTES], y: &mut [bf16; 256]) {
-    let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
-    let scales: &[u8; 12] = b[4..16].try_into().expect("12 bytes");
-    for (pair, (qs, y)) in b[16..].chunks_exact(32).zip(y.chunks_exact_mut(64)).enumerate() {
-        let (low, high) = y.split_at_mut(32);
-        for (half, y) in [low, high].into_iter().enumerate() {
-            let (scale, min) = q4k_scale_min(scales, 2 * pair + half);
-            let (d, m) = (d * f32::from(scale), dmin * f32::from(min));
-            for (&q, y) in qs.iter().zip(y) {
-                *y = to_bf16(d * f32::from(q >> (4 * half) & 15) - m);
-            }
-        }
-    }
-}
-
-/// The `i`-th pair of 6-bit numbers: the first four lie in the low 6 bits of bytes `i` and `i + 4`; the last four
-/// have their low 4 bits in byte `i + 4` and their high 2 bits on top of bytes `i - 4` and `i`.
-#[inline(always)]
-fn q4k_scale_min(s: &[u8; 12], i: usize) -> (u8, u8) {
-    match i {
-        0..4 => (s[i] & 63, s[i + 4] & 63),
-        _ => (s[i + 4] & 15 | s[i - 4] >> 6 << 4, s[i + 4] >> 4 | s[i] >> 6 << 4),
-    }
-}
-
-/// Two halves of 128 elements, each in four runs of 32: a run's low 4 bits are one nibble of 32 bytes of `ql`, its
-/// high 2 bits a quarter of 32 bytes of `qh`, and it has two scales.
-#[inline(always)]
-fn q6k(b: &[u8; Q6K_BYTES], y: &mut [bf16; 256]) {
-    let (ql, rest) = b.split_at(128);
-    let (qh, rest) = rest.split_at(64);
-    let d = f16_at(rest, 16);
-    for (half, y) in y.chunks_exact_mut(128).enumerate() {
-        for (run, y) in y.chunks_exact_mut(32).enumerate() {
-            let ql = &ql[64 * half + 32 * (run % 2)..][..32];
-            let qh = &qh[32 * half..][..32];
-            for (part, y) in y.chunks_exact_mut(16).enumerate() {
-                let d = d * f32::from(rest[8 * half + 2 * run + part] as i8);
-                let quants = ql[16 * part..].iter().zip(&qh[16 * part..]);
-                for ((&l, &h), y) in quants.zip(y) {
-                    let q = l >> (4 * (run / 2)) & 15 | (h >> (2 * run) & 3) << 4;
-                    *y = to_bf16(d * (i32::from(q) - 32) as f32);
-                }
-            }
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::Gguf;
+use super::{GgmlType, Gguf};
 use crate::bytes::Bytes;
 use crate::{ModelConfig, tensor_specs};
 
@@ -98,6 +98,15 @@ pub fn parse(bytes: Vec<u8>) -> Result<Gguf, crate::WeightError> {
     Gguf::parse("t.gguf".to_owned(), Bytes::Owned(bytes))
 }
 
+/// Bytes of a linear congruential generator.
+pub fn random_bytes(n: usize, mut seed: u32) -> Vec<u8> {
+    let mut next = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 24) as u8
+    };
+    (0..n).map(|_| next()).collect()
+}
+
 fn string(s: &str) -> Vec<u8> {
     let mut out = (s.len() as u64).to_le_bytes().to_vec();
     out.extend(s.as_bytes());
@@ -106,17 +115,17 @@ fn string(s: &str) -> Vec<u8> {
 
 /// The metadata of a small llama of one layer: hidden 64, 2 heads of 32, 1 key/value head, inner 32, vocabulary 8.
 pub fn small_llama() -> Writer {
-    small("llama")
+    metadata("llama", 64, 32)
 }
 
-fn small(arch: &str) -> Writer {
+fn metadata(arch: &str, hidden: u32, inner: u32) -> Writer {
     Writer::default()
         .text("general.architecture", arch)
-        .u32(&format!("{arch}.embedding_length"), 64)
+        .u32(&format!("{arch}.embedding_length"), hidden)
         .u32(&format!("{arch}.block_count"), 1)
         .u32(&format!("{arch}.attention.head_count"), 2)
         .u32(&format!("{arch}.attention.head_count_kv"), 1)
-        .u32(&format!("{arch}.feed_forward_length"), 32)
+        .u32(&format!("{arch}.feed_forward_length"), inner)
         .u32(&format!("{arch}.context_length"), 128)
         .f32(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5)
         .f32(&format!("{arch}.rope.freq_base"), 10_000.0)
@@ -133,7 +142,7 @@ pub fn small_llama_with_tensors() -> Writer {
 pub fn small_qwen3_with_tensors() -> Writer {
     let mut tensors = small_llama_tensors();
     tensors.extend(["q", "k"].map(|x| (format!("blk.0.attn_{x}_norm.weight"), vec![32])));
-    with_tensors(small("qwen3"), tensors)
+    with_tensors(metadata("qwen3", 64, 32), tensors)
 }
 
 fn with_tensors(mut writer: Writer, tensors: BTreeMap<String, Vec<usize>>) -> Writer {
@@ -145,20 +154,36 @@ fn with_tensors(mut writer: Writer, tensors: BTreeMap<String, Vec<usize>>) -> Wr
     writer
 }
 
+/// A llama as small as rows of whole blocks allow (hidden and inner 256, 2 heads of 128): all matrices of random bytes
+/// as elements of one type, norms F32.
+pub fn llama_in(id: u32, dtype: GgmlType) -> Writer {
+    let mut writer = metadata("llama", 256, 256);
+    for (n, (name, shape)) in llama_tensors(256, 256).into_iter().enumerate() {
+        let (id, (elements, size)) = if shape.len() == 1 { (0, (1, 4)) } else { (id, dtype.block()) };
+        let len = shape.iter().product::<usize>() / elements * size;
+        writer = writer.tensor(&name, &shape, id, &random_bytes(len, n as u32));
+    }
+    writer
+}
+
 /// GGUF names and shapes of the small llama's tensors.
 pub fn small_llama_tensors() -> BTreeMap<String, Vec<usize>> {
+    llama_tensors(64, 32)
+}
+
+fn llama_tensors(hidden: usize, inner: usize) -> BTreeMap<String, Vec<usize>> {
     [
-        ("token_embd", vec![8, 64]),
-        ("output_norm", vec![64]),
-        ("blk.0.attn_norm", vec![64]),
-        ("blk.0.attn_q", vec![64, 64]),
-        ("blk.0.attn_k", vec![32, 64]),
-        ("blk.0.attn_v", vec![32, 64]),
-        ("blk.0.attn_output", vec![64, 64]),
-        ("blk.0.ffn_norm", vec![64]),
-        ("blk.0.ffn_gate", vec![32, 64]),
-        ("blk.0.ffn_up", vec![32, 64]),
-        ("blk.0.ffn_down", vec![64, 32]),
+        ("token_embd", vec![8, hidden]),
+        ("output_norm", vec![hidden]),
+        ("blk.0.attn_norm", vec![hidden]),
+        ("blk.0.attn_q", vec![hidden, hidden]),
+        ("blk.0.attn_k", vec![hidden / 2, hidden]),
+        ("blk.0.attn_v", vec![hidden / 2, hidden]),
+        ("blk.0.attn_output", vec![hidden, hidden]),
+        ("blk.0.ffn_norm", vec![hidden]),
+        ("blk.0.ffn_gate", vec![inner, hidden]),
+        ("blk.0.ffn_up", vec![inner, hidden]),
+        ("blk.0.ffn_down", vec![hidden, inner]),
     ]
     .into_iter()
     .map(|(name, shape)| (format!("{name}.weight"), shape))

@@ -164,7 +164,8 @@ mod tests {
         assert_eq!(stored_row(6 + 3, 6), 6 + 1);
     }
 
-    use crate::gguf::testing::{Writer, small_llama_with_tensors, small_qwen3_with_tensors};
+    use crate::gguf::GgmlType;
+    use crate::gguf::testing::{Writer, llama_in, small_llama_with_tensors, small_qwen3_with_tensors};
     use crate::tensor_specs;
 
     fn source(writer: &Writer) -> (GgufSource, ModelConfig) {
@@ -194,6 +195,30 @@ mod tests {
         let tensor = source.fetch(spec).unwrap();
         let first = tensor.data[0].to_f32();
         tensor.data.chunks(64).map(|row| row[0].to_f32() - first).collect()
+    }
+
+    #[test]
+    fn a_model_in_every_type_is_read_row_by_row() {
+        for (id, name, dtype) in GgmlType::ALL {
+            let (source, config) = source(&llama_in(id, dtype));
+            for spec in tensor_specs(&config) {
+                let entry = &source.tensors[&spec.name];
+                let [rows, cols] = spec.shape[..] else { continue };
+                assert_eq!(entry.info.dtype, dtype, "{}", spec.name);
+                let mut stored = super::super::zeroed(rows * cols);
+                dtype.decode(source.gguf.data(&entry.info), &mut stored);
+                let turned = spec.name.contains("q_proj") || spec.name.contains("k_proj");
+                // In a head of 128 rows the even ones come first, then the odd ones.
+                let place =
+                    |row: usize| if turned { row / 128 * 128 + row % 64 * 2 + row / 64 % 2 } else { row };
+                let expected: Vec<u16> = (0..rows)
+                    .flat_map(|row| &stored[place(row) * cols..][..cols])
+                    .map(|x| x.to_bits())
+                    .collect();
+                let found: Vec<u16> = source.fetch(&spec).unwrap().data.iter().map(|x| x.to_bits()).collect();
+                assert!(found == expected, "{name}: {}", spec.name);
+            }
+        }
     }
 
     #[test]
