@@ -11,9 +11,8 @@ mod legacy;
 use std::fmt;
 
 use bitfast_ops::bf16;
-use half::f16;
 
-use crate::weights::to_bf16;
+use crate::weights::{to_bf16, widen};
 
 /// How a GGUF file stores the elements of a tensor. Blocks run along a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -113,7 +112,7 @@ impl GgmlType {
                 y[0] = to_bf16(f32::from_le_bytes(*b));
             }),
             GgmlType::F16 => each(bytes, out, |b: &[u8; 2], y: &mut [bf16; 1]| {
-                y[0] = to_bf16(f16::from_le_bytes(*b).to_f32());
+                y[0] = to_bf16(widen(u16::from_le_bytes(*b)));
             }),
             GgmlType::Bf16 => each(bytes, out, |b: &[u8; 2], y: &mut [bf16; 1]| {
                 y[0] = bf16::from_le_bytes(*b);
@@ -158,7 +157,7 @@ fn each<const I: usize, const O: usize>(
 
 #[inline(always)]
 fn f16_at(b: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
+    widen(u16::from_le_bytes([b[at], b[at + 1]]))
 }
 
 #[cfg(test)]

@@ -5,11 +5,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use bitfast_ops::bf16;
-use half::f16;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
-use super::{TensorSpec, WeightSource, to_bf16};
+use super::{TensorSpec, WeightSource, to_bf16, widen};
 use crate::WeightError;
 use crate::bytes::Bytes;
 
@@ -109,7 +108,7 @@ impl WeightSource for SafetensorsSource {
         assert_eq!(out.len(), spec.elements(), "{}", spec.name);
         match entry.dtype.as_str() {
             "BF16" => convert(bytes, out, bf16::from_le_bytes),
-            "F16" => convert(bytes, out, |b| to_bf16(f16::from_le_bytes(b).to_f32())),
+            "F16" => convert(bytes, out, |b| to_bf16(widen(u16::from_le_bytes(b)))),
             _ => convert(bytes, out, |b| to_bf16(f32::from_le_bytes(b))),
         }
         let (begin, end) = entry.data_offsets;

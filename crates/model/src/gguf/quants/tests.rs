@@ -63,7 +63,7 @@ fn decoders_agree_with_gguf_py() {
 
 /// Element `i` of a block, by the format's definition, one at a time.
 fn element(dtype: GgmlType, b: &[u8], i: usize) -> f32 {
-    let half = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
+    let half = |at: usize| half::f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
     let nibble = |byte: u8, high: bool| if high { byte / 16 } else { byte % 16 } as i32;
     let bit = |byte: u8, n: usize| i32::from(byte / (1 << n) % 2);
     let quarter = |byte: u8, n: usize| i32::from(byte / 4u8.pow(n as u32) % 4);
