@@ -6,7 +6,8 @@ use super::CudaBackend;
 use super::graphs::{State, buckets};
 use super::kernels::Phase;
 use super::memory::failed;
-use super::step::{Most, nobodys, partial_bytes};
+use super::plan::{nobodys, partial_bytes};
+use super::step::Most;
 use crate::driver::Graph;
 use crate::sampler::Sampler;
 

@@ -15,13 +15,14 @@ mod graphs;
 mod kernels;
 mod memory;
 mod open;
+mod plan;
 mod profile;
 mod step;
 
 pub(crate) use graphs::bucket;
 pub use memory::{Kv, Param, Tensor, Weight};
 pub use open::CudaOptions;
-pub(crate) use step::tilings;
+pub(crate) use plan::tilings;
 
 use crate::CudaError;
 use crate::attention::{AttentionSpec, BLOCK_TOKENS, Tiling};
@@ -33,8 +34,9 @@ use graphs::{Graphs, State};
 use kernels::{Kernels, Phase};
 use memory::{ParamData, Rope, bytes_of, bytes_of_f32, bytes_of_f32_mut, failed, kv_shapes, padded_rows};
 use open::{Loaded, Orders};
+use plan::{Limits, Splits};
 use profile::Profile;
-use step::{Limits, Splits, Step};
+use step::Step;
 
 /// Memory that the backend itself and the driver need beside weights, step buffers and the cache: kernels, captured
 /// steps, partial results of attention.
