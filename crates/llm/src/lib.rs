@@ -35,8 +35,8 @@ pub use bitfast_engine::{
 pub use bitfast_model::{GenerationConfig, HfOverrides};
 pub use bitfast_ops::Class;
 pub use bitfast_text::{
-    AnswerParser, AnswerPart, ChatMessage, Grammar, PromptEnd, RenderOptions, SpecialTokens, Thinking,
-    Tokenizer, ToolFormat, ToolParser, UnixTime, UnknownToolFormat,
+    AnswerParser, AnswerPart, ChatMessage, Grammar, InvalidMessage, PromptEnd, RenderOptions, SpecialTokens,
+    Thinking, Tokenizer, ToolFormat, ToolParser, UnixTime, UnknownToolFormat,
 };
 pub use error::{Error, PromptLength, Result};
 pub use fetch::{Activity, ModelFiles, OnProgress, PACKAGES, PackageModel, Progress, cache_dir, resolve};

@@ -88,8 +88,15 @@ impl Running {
 
     /// Waits for the end of everything.
     pub async fn finish(&mut self) -> Result<(), ApiError> {
+        self.follow(|_| ()).await
+    }
+
+    /// Waits for the end of everything, and shows each chunk on the way.
+    pub async fn follow(&mut self, mut seen: impl FnMut(&Chunk)) -> Result<(), ApiError> {
         while let Some(update) = std::future::poll_fn(|context| self.poll_update(context)).await {
-            update?;
+            if let Update::Chunk(_, chunk) = update? {
+                seen(&chunk);
+            }
         }
         Ok(())
     }

@@ -54,13 +54,36 @@ fn named(error: ApiError, param: &str) -> ApiError {
 
 /// What completions and chats ask for.
 pub(crate) fn asked(common: &CommonFields) -> Result<Option<Asked>, ApiError> {
-    let refuse = |param: &str, message: &str| Err(ApiError::invalid(param, format!("{param}: {message}")));
-    let format = response_format(common.response_format.as_ref())?;
-    let Some(value) = common.structured_outputs.as_ref().filter(|value| !value.is_null()) else {
+    let format = schema_or_object(common.response_format.as_ref(), "response_format", |format| {
+        (&format["json_schema"]["schema"], "response_format.json_schema.schema")
+    })?;
+    either(format, "response_format", common.structured_outputs.as_ref())
+}
+
+/// What `/v1/responses` asks for, OpenAI's form in its field `text`.
+pub(crate) fn asked_of_response(
+    text: Option<&Value>,
+    structured_outputs: Option<&Value>,
+) -> Result<Option<Asked>, ApiError> {
+    let format = text.map(|text| &text["format"]);
+    let format = schema_or_object(format, "text.format", |format| (&format["schema"], "text.format.schema"))?;
+    either(format, "text.format", structured_outputs)
+}
+
+/// OpenAI's form, which is in the field `at`, or vLLM's.
+fn either(
+    format: Option<Asked>,
+    at: &str,
+    structured_outputs: Option<&Value>,
+) -> Result<Option<Asked>, ApiError> {
+    let refuse = |message: &str| {
+        Err(ApiError::invalid("structured_outputs", format!("structured_outputs: {message}")))
+    };
+    let Some(value) = structured_outputs.filter(|value| !value.is_null()) else {
         return Ok(format);
     };
     if format.is_some() {
-        return refuse("structured_outputs", "cannot go with response_format");
+        return refuse(&format!("cannot go with {at}"));
     }
     // Clients send the forms that they do not use as null.
     let mut value = value.clone();
@@ -72,20 +95,8 @@ pub(crate) fn asked(common: &CommonFields) -> Result<Option<Asked>, ApiError> {
             let param = structured.param().to_owned();
             Ok(Some((structured, param)))
         }
-        Err(error) => refuse("structured_outputs", &error.to_string()),
+        Err(error) => refuse(&error.to_string()),
     }
-}
-
-/// What `/v1/responses` asks for, in its field `text`.
-pub(crate) fn text_format(text: Option<&Value>) -> Result<Option<Asked>, ApiError> {
-    let format = text.map(|text| &text["format"]);
-    schema_or_object(format, "text.format", |format| (&format["schema"], "text.format.schema"))
-}
-
-fn response_format(format: Option<&Value>) -> Result<Option<Asked>, ApiError> {
-    schema_or_object(format, "response_format", |format| {
-        (&format["json_schema"]["schema"], "response_format.json_schema.schema")
-    })
 }
 
 /// OpenAI's form of a constraint; `schema` finds the schema in it, and says where that is.

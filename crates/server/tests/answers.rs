@@ -3,50 +3,15 @@
 
 mod common;
 
-use std::path::Path;
 use std::sync::OnceLock;
 
-use bitfast_llm::{EngineArgs, LLM, LoadFormat};
 use bitfast_server::{ServeError, Server, ServerConfig};
-use common::{Client, Running, bytes_tokenizer};
+use common::{Client, Running, TEMPLATE, merged, templated};
 use serde_json::{Value, json};
-
-/// Shows tools, past calls and thoughts in Qwen3's manner.
-const TEMPLATE: &str = "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}\
-    {% for m in messages %}<|{{ m.role }}|>{{ m.content }}\
-    {% for c in m.tool_calls or [] %}<tool_call>{\"name\": \"{{ c.function.name }}\", \"arguments\": \
-    {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>{% endfor %}\
-    {% if add_generation_prompt %}<|assistant|>{% if think %}<think>\n{% endif %}{% endif %}";
-
-fn llm(template: &str) -> LLM {
-    let folder = tempfile::tempdir().unwrap();
-    let from = bytes_tokenizer();
-    std::fs::copy(from.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
-    let config = std::fs::read_to_string(from.join("tokenizer_config.json")).unwrap();
-    let mut config: Value = serde_json::from_str(&config).unwrap();
-    config["chat_template"] = template.into();
-    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    let args = EngineArgs {
-        load_format: LoadFormat::Dummy,
-        tokenizer: Some(path(folder.path())),
-        threads: std::num::NonZeroUsize::new(1),
-        ..EngineArgs::new("tiny-llama")
-    };
-    LLM::new(args).unwrap()
-}
-
-fn path(path: &Path) -> String {
-    path.display().to_string()
-}
 
 fn server() -> Client {
     static SERVER: OnceLock<Running> = OnceLock::new();
-    SERVER.get_or_init(|| Running::start(llm(&(TEMPLATE.to_owned() + "{# </think> #}")), |_| ())).client
-}
-
-fn merged(parts: &[Value]) -> Value {
-    let fields = parts.iter().flat_map(|part| part.as_object().unwrap().clone());
-    Value::Object(fields.collect())
+    SERVER.get_or_init(|| Running::start(templated(&(TEMPLATE.to_owned() + "{# </think> #}")), |_| ())).client
 }
 
 fn tools() -> Value {
@@ -264,7 +229,7 @@ fn thoughts_are_told_apart() {
 
 #[test]
 fn flags_decide_what_is_read() {
-    let with = |change: &dyn Fn(&mut ServerConfig)| Running::start(llm(TEMPLATE), change);
+    let with = |change: &dyn Fn(&mut ServerConfig)| Running::start(templated(TEMPLATE), change);
     let ask = |server: &Running, body: Value| {
         server.client.post("/v1/chat/completions", &body).ok()["choices"][0]["message"].clone()
     };
@@ -299,7 +264,7 @@ fn flags_decide_what_is_read() {
             &mut config.reasoning_parser
         };
         *field = Some("klingon".into());
-        let error = Server::bind(llm(TEMPLATE), config, "127.0.0.1", 0).err().unwrap();
+        let error = Server::bind(templated(TEMPLATE), config, "127.0.0.1", 0).err().unwrap();
         assert!(
             matches!(&error, ServeError::Config(m) if m.starts_with(bad) && m.contains("klingon")),
             "{error}"
@@ -334,25 +299,4 @@ fn past_calls_reach_the_template() {
         "{prompt}"
     );
     assert!(prompt.contains("<|tool|>noon"), "{prompt}");
-}
-
-#[test]
-fn responses_take_formats_and_leave_thoughts_out() {
-    let s = server();
-    let schema = json!({ "type": "object", "properties": { "n": { "enum": [1, 2] } }, "required": ["n"], "additionalProperties": false });
-    let format = json!({ "format": { "type": "json_schema", "name": "x", "schema": schema } });
-    let body = json!({ "input": "q", "seed": 2, "max_output_tokens": 600, "text": format });
-    let answer = s.post("/v1/responses", &body).ok();
-    let text = answer["output"][0]["content"][0]["text"].as_str().unwrap();
-    if answer["status"] == "completed" {
-        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
-        assert!([1, 2].contains(&value["n"].as_i64().unwrap()), "{text}");
-    }
-    assert!(!text.contains("think>"), "{text}");
-    let events = s.post("/v1/responses", &merged(&[body.clone(), json!({ "stream": true })])).events();
-    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
-    let streamed: String = deltas.map(|event| event["delta"].as_str().unwrap()).collect();
-    assert_eq!(streamed, text);
-    let reply = s.post("/v1/responses", &merged(&[body, json!({ "text": { "format": { "type": "xml" } } })]));
-    assert_eq!(reply.refused(), (400, Some("text.format".into())));
 }

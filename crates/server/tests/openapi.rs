@@ -151,6 +151,7 @@ impl Fuzzer<'_> {
             let (name, value) = match path {
                 "/v1/completions" => ("prompt", json!([4, 5, 6])),
                 "/v1/chat/completions" => ("messages", json!([{ "role": "user", "content": "4" }])),
+                "/v1/responses" if self.rng.one_in(2) => ("input", self.items()),
                 "/v1/responses" => ("input", json!("4")),
                 "/tokenize" => {
                     fields.shift_remove("messages");
@@ -159,8 +160,45 @@ impl Fuzzer<'_> {
                 _ => return body,
             };
             fields.insert(name.to_owned(), value);
+            if ["messages", "input"].contains(&name) && self.rng.one_in(4) {
+                self.offer(name == "messages", fields);
+            }
         }
         body
+    }
+
+    /// A call and its result among messages, with a field here and there that is not as it should be.
+    fn items(&mut self) -> Value {
+        let mut items = [
+            json!({ "role": "user", "content": "4" }),
+            json!({ "type": "reasoning", "summary": [] }),
+            json!({ "type": "message", "role": "assistant", "content": [{ "type": "output_text", "text": "4" }] }),
+            json!({ "type": "function_call", "call_id": "c", "name": "f", "arguments": "{}" }),
+            json!({ "type": "function_call_output", "call_id": "c", "output": "4" }),
+        ];
+        for fields in items.iter_mut().filter_map(Value::as_object_mut) {
+            for value in fields.values_mut() {
+                if self.rng.one_in(30) {
+                    *value = self.hostile();
+                }
+            }
+        }
+        items.into_iter().filter(|_| !self.rng.one_in(4)).collect()
+    }
+
+    /// Tools and a choice that can be met, more often than not.
+    fn offer(&mut self, is_chat: bool, fields: &mut Map<String, Value>) {
+        let parameters =
+            self.rng.pick(&[json!({}), json!({ "type": "object", "properties": 5 }), json!(5)]).clone();
+        let function = json!({ "name": "f", "parameters": parameters });
+        let tool = match is_chat {
+            true => json!({ "type": "function", "function": function }),
+            false => json!({ "type": "function", "name": "f", "parameters": parameters }),
+        };
+        let hostile = self.hostile();
+        let choices = [json!("required"), tool.clone(), json!("auto"), json!("none"), hostile];
+        fields.insert("tool_choice".to_owned(), self.rng.pick(&choices).clone());
+        fields.insert("tools".to_owned(), json!([tool]));
     }
 }
 

@@ -288,7 +288,7 @@ fn mistakes_name_their_param() {
     let both = chat(json!({ "add_generation_prompt": true, "continue_final_message": true }));
     refused("/v1/chat/completions", both, "continue_final_message");
     refused("/v1/responses", json!({ "input": 5 }), "input");
-    refused("/v1/responses", json!({ "input": [{ "type": "function_call" }] }), "input[0]");
+    refused("/v1/responses", json!({ "input": [{ "type": "function_call" }] }), "input[0].call_id");
     refused("/v1/responses", json!({ "input": "x", "previous_response_id": "y" }), "previous_response_id");
     refused("/tokenize", json!({}), "prompt");
     refused("/detokenize", json!({ "tokens": [99999999] }), "tokens");

@@ -1,4 +1,6 @@
-use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
@@ -10,7 +12,7 @@ use super::common::Seed;
 pub(crate) struct ResponsesRequest {
     /// One of `/v1/models`.
     pub model: Option<String>,
-    /// A text or messages.
+    /// A text, or items: messages, calls and what they gave.
     pub input: InputForm,
     /// A system message before the input.
     pub instructions: Option<String>,
@@ -34,9 +36,17 @@ pub(crate) struct ResponsesRequest {
     /// The format: `text`, `json_object` or `json_schema`.
     #[schema(value_type = Option<Object>)]
     pub text: Option<Value>,
-    /// Not supported.
+    /// vLLM's form of a constraint: one of `json`, `regex`, `choice`, `grammar`.
+    #[schema(value_type = Option<Object>)]
+    pub structured_outputs: Option<Value>,
+    /// What the model may call: functions.
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
+    /// `none`, `auto`, `required`, or one tool.
+    #[schema(value_type = Option<Object>)]
+    pub tool_choice: Option<Value>,
+    /// Whether several tools may be called at once (true).
+    pub parallel_tool_calls: Option<bool>,
     /// Not supported: answers are not kept.
     pub previous_response_id: Option<String>,
     /// Not supported.
@@ -48,13 +58,13 @@ pub(crate) struct ResponsesRequest {
     pub stream: Option<bool>,
 }
 
-/// A text or messages.
+/// A text or items.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a string or a list of messages")]
+#[serde(untagged, expecting = "expected a string or a list of items")]
 pub(crate) enum InputForm {
     /// What the user says.
     Text(String),
-    /// A conversation.
+    /// A conversation: `message`, `function_call` and `function_call_output`; `reasoning` is left out.
     Items(Vec<Value>),
 }
 
@@ -86,26 +96,45 @@ pub(crate) struct ResponseObject {
     pub max_output_tokens: Option<u32>,
     /// As asked for.
     #[schema(value_type = Object)]
-    pub metadata: Map<String, Value>,
+    pub metadata: Echo,
     /// As asked for.
     pub model: String,
-    /// One message.
-    pub output: Vec<OutputMessage>,
-    /// True.
+    /// In the order in which the model made them.
+    pub output: Vec<OutputItem>,
+    /// In force.
     pub parallel_tool_calls: bool,
     /// In force.
     pub temperature: f32,
     /// In force.
     pub top_p: f32,
-    /// `none`.
-    pub tool_choice: &'static str,
-    /// None.
+    /// In force.
+    #[schema(value_type = Object)]
+    pub tool_choice: Value,
+    /// As asked for.
     #[schema(value_type = Vec<Object>)]
-    pub tools: Vec<Value>,
+    pub tools: Echo,
     /// With the end.
     pub usage: Option<ResponseUsage>,
     /// Equal fingerprints promise equal bits.
     pub system_fingerprint: String,
+}
+
+/// What is handed back as it came: its text, since values take many times its memory for as long as an answer takes.
+#[derive(Clone, Debug)]
+pub(crate) struct Echo(Arc<str>);
+
+impl Echo {
+    /// Of a JSON value.
+    pub fn of(value: &(impl Serialize + ?Sized)) -> Self {
+        Self(serde_json::to_string(value).expect("JSON values have string keys").into())
+    }
+}
+
+impl Serialize for Echo {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let value: Value = serde_json::from_str(&self.0).expect("it was written from a value");
+        value.serialize(s)
+    }
 }
 
 /// Why an answer is incomplete.
@@ -113,6 +142,18 @@ pub(crate) struct ResponseObject {
 pub(crate) struct IncompleteDetails {
     /// `max_output_tokens` or `aborted`.
     pub reason: &'static str,
+}
+
+/// A part of an answer.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum OutputItem {
+    /// What the model said.
+    Message(OutputMessage),
+    /// What it thought.
+    Reasoning(OutputReasoning),
+    /// What it calls.
+    FunctionCall(OutputCall),
 }
 
 /// A message of the model.
@@ -140,8 +181,50 @@ pub(crate) struct OutputText {
     /// None.
     #[schema(value_type = Vec<Object>)]
     pub annotations: Vec<Value>,
-    /// When asked for.
+    /// Of the tokens that the text came from, when asked for.
     pub logprobs: Vec<TokenEntry>,
+}
+
+/// Thoughts of the model.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct OutputReasoning {
+    /// `rs_...`.
+    pub id: String,
+    /// `reasoning`.
+    pub r#type: &'static str,
+    /// `in_progress`, `completed` or `incomplete`.
+    pub status: &'static str,
+    /// None.
+    #[schema(value_type = Vec<Object>)]
+    pub summary: Vec<Value>,
+    /// One text.
+    pub content: Vec<ReasoningText>,
+}
+
+/// A text of thoughts.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct ReasoningText {
+    /// `reasoning_text`.
+    pub r#type: &'static str,
+    /// The text.
+    pub text: String,
+}
+
+/// A call of a function.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct OutputCall {
+    /// `fc_...`.
+    pub id: String,
+    /// `function_call`.
+    pub r#type: &'static str,
+    /// `in_progress`, `completed`, or `incomplete` where the arguments break off.
+    pub status: &'static str,
+    /// What its result names: `call_...`.
+    pub call_id: String,
+    /// The function's name.
+    pub name: String,
+    /// JSON text, as the model wrote it.
+    pub arguments: String,
 }
 
 /// Tokens read and generated.

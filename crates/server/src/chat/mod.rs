@@ -8,4 +8,4 @@ mod tools;
 pub(crate) use answer::{Answers, ChatForm};
 pub(crate) use parse::Reading;
 pub(crate) use prompt::{ChatPrompt, render_options};
-pub(crate) use tools::{Formats, Offer};
+pub(crate) use tools::{Formats, Offer, ToolFields, ToolForm};

@@ -11,7 +11,7 @@ use bitfast_llm::Thinking;
 
 use crate::api::chat::{ChatCompletion, ChatFields};
 use crate::api::common::{CommonFields, StreamOptions};
-use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, Reading};
+use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, Reading, ToolFields, ToolForm};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::generate::{EventStream, Job, Running};
@@ -62,7 +62,13 @@ async fn understand(
     params.logprobs = form.logprobs();
     let rank = prompts::rank(headers)?;
     let formats = &state.formats;
-    let offer = Offer::new(&fields, formats)?;
+    let tools = ToolFields {
+        form: ToolForm::Nested,
+        tools: fields.tools.as_deref(),
+        tool_choice: fields.tool_choice.as_ref(),
+        parallel_tool_calls: fields.parallel_tool_calls,
+    };
+    let offer = Offer::new(&tools, formats)?;
     let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
     let most = params.most_prompt_tokens(state.llm.info().max_model_len);
     let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special, most).await?;

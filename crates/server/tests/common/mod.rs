@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test binary compiles this module and uses a part of it")]
 
 pub mod http;
+pub mod narration;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use bitfast_engine::{
 use bitfast_llm::{EngineArgs, LLM, LoadFormat, Tokenizer};
 use bitfast_server::{ServeError, Server, ServerConfig, Stop};
 use bitfast_testkit::sim::{FakeRunner, Fault};
+use serde_json::Value;
 
 pub use http::Client;
 
@@ -68,6 +70,34 @@ pub fn tiny(change: impl FnOnce(&mut EngineArgs)) -> LLM {
     };
     change(&mut args);
     LLM::new(args).unwrap()
+}
+
+/// Shows tools, past calls and thoughts in Qwen3's manner.
+pub const TEMPLATE: &str = "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}\
+    {% for m in messages %}<|{{ m.role }}|>{{ m.content }}\
+    {% for c in m.tool_calls or [] %}<tool_call>{\"name\": \"{{ c.function.name }}\", \"arguments\": \
+    {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>{% endfor %}\
+    {% if add_generation_prompt %}<|assistant|>{% if think %}<think>\n{% endif %}{% endif %}";
+
+/// The tiny Llama with the byte tokenizer and this chat template.
+pub fn templated(template: &str) -> LLM {
+    let folder = tempfile::tempdir().unwrap();
+    let from = bytes_tokenizer();
+    std::fs::copy(from.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let config = std::fs::read_to_string(from.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["chat_template"] = template.into();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    tiny(|args| {
+        args.tokenizer = Some(folder.path().display().to_string());
+        args.threads = NonZeroUsize::new(1);
+    })
+}
+
+/// All fields of all parts; later ones win.
+pub fn merged(parts: &[Value]) -> Value {
+    let fields = parts.iter().flat_map(|part| part.as_object().unwrap().clone());
+    Value::Object(fields.collect())
 }
 
 /// What a test does to the fake model.

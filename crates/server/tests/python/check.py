@@ -96,6 +96,57 @@ def responses():
     assert text == answer.output_text
 
 
+def responses_with_tools():
+    city = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Bern"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "name": "weather", "description": "d", "parameters": city, "strict": True}
+    asked = dict(
+        model="tiny-llama", tools=[tool], tool_choice={"type": "function", "name": "weather"},
+        max_output_tokens=400, temperature=1.0, extra_body={"seed": 5},
+    )
+    answer = client.responses.create(input="q", **asked)
+    (call,) = answer.output
+    assert answer.status == "completed" and answer.output_text == "", answer
+    assert (call.type, call.name, call.status) == ("function_call", "weather", "completed"), call
+    assert json.loads(call.arguments)["city"] in ("Paris", "Bern")
+    assert answer.tools[0].name == "weather" and answer.tool_choice.name == "weather"
+
+    # Event by event, and as the client's own helper adds them up.
+    events = list(client.responses.create(input="q", stream=True, **asked))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events if not event.type.endswith("arguments.delta")]
+    assert kinds == [
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.function_call_arguments.done", "response.output_item.done", "response.completed",
+    ], kinds
+    deltas = "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta")
+    done = events[-2].item
+    assert deltas == done.arguments == call.arguments
+    assert events[-1].response.output == [done]
+    with client.responses.stream(input="q", **asked) as stream:
+        for event in stream:
+            if event.type == "response.function_call_arguments.delta":
+                assert call.arguments.startswith(event.snapshot), event
+        final = stream.get_final_response()
+    assert final.output[0].parsed_arguments == json.loads(call.arguments)
+
+    # The second turn: what came goes back as it is.
+    turn = [{"role": "user", "content": "q"}, *answer.output]
+    turn.append({"type": "function_call_output", "call_id": call.call_id, "output": "rain"})
+    asked |= dict(tool_choice="auto", max_output_tokens=6)
+    told = client.responses.create(input=turn, **asked)
+    assert told.usage.output_tokens == 6 and told.usage.input_tokens > answer.usage.input_tokens
+    kinds = [event.type for event in client.responses.create(input=turn, stream=True, **asked)]
+    assert kinds[-1] == "response.incomplete", kinds
+    try:
+        client.responses.create(input="q", model="tiny-llama", tools=[{"type": "web_search"}])
+        raise AssertionError("a tool that there is not was taken")
+    except openai.BadRequestError as error:
+        assert error.param == "tools[0].type", error.body
+
+
 def models_and_errors():
     model = client.models.list().data[0]
     assert model.id == "tiny-llama" and client.models.retrieve("tiny-llama").id == model.id
@@ -136,6 +187,8 @@ def documented_example():
     assert crowd[0] != alone, "the control: another prompt has other logprobs"
 
 
-for check in (completions, chat, structured_and_tools, responses, models_and_errors, documented_example):
+for check in (
+    completions, chat, structured_and_tools, responses, responses_with_tools, models_and_errors, documented_example,
+):
     check()
     print(f"{check.__name__}: ok")
