@@ -9,11 +9,15 @@ struct Answer {
     reasoning: String,
     content: String,
     calls: Vec<(String, String)>,
+    /// The last part was the last call's name or arguments.
+    in_call: bool,
 }
 
 impl Answer {
     fn take(&mut self, parts: Vec<AnswerPart>) {
         for part in parts {
+            let in_call = matches!(part, AnswerPart::Call { .. } | AnswerPart::Arguments { .. });
+            let follows = std::mem::replace(&mut self.in_call, in_call);
             match part {
                 AnswerPart::Reasoning(text) => {
                     assert!(self.content.is_empty() && self.calls.is_empty(), "a thought after the answer");
@@ -26,6 +30,7 @@ impl Answer {
                 }
                 AnswerPart::Arguments { index, text } => {
                     assert_eq!(index as usize + 1, self.calls.len(), "arguments of the call under way");
+                    assert!(follows, "something between a call and its arguments");
                     assert!(!text.is_empty());
                     self.calls[index as usize].1 += &text;
                 }
@@ -45,7 +50,7 @@ fn in_pieces<'a>(mut parser: AnswerParser, pieces: impl IntoIterator<Item = &'a 
     let mut answer = Answer::default();
     pieces.into_iter().for_each(|piece| answer.take(parser.push(piece)));
     answer.take(parser.finish());
-    answer
+    Answer { in_call: false, ..answer }
 }
 
 fn whole(format: ToolFormat, text: &str) -> Answer {
@@ -54,7 +59,7 @@ fn whole(format: ToolFormat, text: &str) -> Answer {
 
 fn answer(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Answer {
     let calls = calls.iter().map(|(name, arguments)| ((*name).into(), (*arguments).into())).collect();
-    Answer { reasoning: reasoning.into(), content: content.into(), calls }
+    Answer { reasoning: reasoning.into(), content: content.into(), calls, in_call: false }
 }
 
 #[test]
