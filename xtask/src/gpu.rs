@@ -82,14 +82,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Args> {
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--shell" => parsed.shell = Some(args.next().context(USAGE)?),
-            "--jobs" => {
-                let jobs = args.next().context(USAGE)?;
-                parsed.jobs = Some(jobs.parse().with_context(|| format!("--jobs {jobs}"))?);
-            }
-            "--limit" => {
-                let limit = args.next().context(USAGE)?;
-                parsed.limit = Some(limit.parse().with_context(|| format!("--limit {limit}"))?);
-            }
+            "--jobs" => parsed.jobs = Some(number(&arg, args.next())?),
+            "--limit" => parsed.limit = Some(number(&arg, args.next())?),
             "--env" => parsed.env.push(args.next().context(USAGE)?),
             "--sanitizer" => parsed.sanitizer = true,
             name if TESTS.iter().any(|(_, test)| *test == name) => parsed.tests.push(arg),
@@ -100,6 +94,11 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Args> {
         bail!("--env {bad}: expected NAME=VALUE without quotes");
     }
     Ok(parsed)
+}
+
+fn number(flag: &str, value: Option<String>) -> Result<NonZeroUsize> {
+    let value = value.context(USAGE)?;
+    value.parse().with_context(|| format!("{flag} {value}"))
 }
 
 /// Names and paths of the executables.

@@ -218,7 +218,7 @@ fn yarn(keys: &Keys<'_>, factor: f64, positions: usize) -> Result<Yarn, ConfigEr
     })
 }
 
-/// Further numbers of a scaling, which programs read in different ways: only what changes nothing is taken. A negative `yarn_ext_factor`
+/// Further numbers of a scaling, which programs read in different ways: only what changes nothing is taken. A `yarn_ext_factor` of -1
 /// stands for none.
 fn refuse_other_factors(keys: &Keys<'_>) -> Result<(), ConfigError> {
     for (key, idle) in [

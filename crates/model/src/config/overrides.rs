@@ -48,7 +48,7 @@ impl HfOverrides {
         self.0.is_empty()
     }
 
-    /// Puts them over the fields of the file `origin`.
+    /// Puts them over the fields of a file.
     pub(super) fn apply(&self, file: &mut Map<String, Value>) {
         for (name, value) in &self.0 {
             // Version 5 of transformers writes the same object under another name, which would hide this one.

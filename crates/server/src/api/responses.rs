@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
@@ -121,19 +122,18 @@ pub(crate) struct ResponseObject {
 
 /// What is handed back as it came: its text, since values take many times its memory for as long as an answer takes.
 #[derive(Clone, Debug)]
-pub(crate) struct Echo(Arc<str>);
+pub(crate) struct Echo(Arc<RawValue>);
 
 impl Echo {
     /// Of a JSON value.
     pub fn of(value: &(impl Serialize + ?Sized)) -> Self {
-        Self(serde_json::to_string(value).expect("JSON values have string keys").into())
+        Self(to_raw_value(value).expect("JSON values have string keys").into())
     }
 }
 
 impl Serialize for Echo {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        let value: Value = serde_json::from_str(&self.0).expect("it was written from a value");
-        value.serialize(s)
+        self.0.serialize(s)
     }
 }
 

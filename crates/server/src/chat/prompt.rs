@@ -1,11 +1,16 @@
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bitfast_llm::{ChatMessage, PromptEnd, RenderOptions, UnixTime};
+use bitfast_llm::{ChatMessage, PromptEnd, RenderOptions, SamplingParams, Thinking, UnixTime};
 use serde_json::{Map, Value};
 
+use super::parse::Reading;
 use super::tools::Offer;
 use crate::api::chat::ChatFields;
 use crate::error::ApiError;
+use crate::prompts;
+use crate::state::AppState;
+use crate::structured::{self, Asked};
 
 /// A conversation, ready to be rendered.
 pub(crate) struct ChatPrompt {
@@ -63,5 +68,27 @@ impl ChatPrompt {
             options,
             add_special: fields.add_special_tokens.unwrap_or(false),
         })
+    }
+
+    /// Token ids, and how the answer is read. What the answer must be goes into `params`: what is `asked` for beside the tools, and what the
+    /// tools on `offer` demand. The conversation came in a body of so many bytes.
+    pub async fn ready(
+        self,
+        state: &Arc<AppState>,
+        bytes: usize,
+        offer: &Offer,
+        asked: impl FnOnce() -> Result<Option<Asked>, ApiError>,
+        params: &mut SamplingParams,
+    ) -> Result<(Vec<u32>, Reading), ApiError> {
+        let formats = &state.formats;
+        let Self { messages, options, add_special } = self;
+        let most = params.most_prompt_tokens(state.llm.info().max_model_len);
+        let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special, most).await?;
+        let thinking = formats.thinks.then(|| Thinking::after(&text));
+        let demanded = offer.demand(formats, thinking);
+        structured::apply(state, asked()?, demanded, thinking, params).await?;
+        let reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
+        params.skip_special_tokens &= !reading.needs_special(&state.llm);
+        Ok((prompt, reading))
     }
 }

@@ -231,10 +231,6 @@ fn choice(form: ToolForm, asked: Option<&Value>, functions: &[(String, Value)]) 
         None | Some(Value::Null) => Ok(if functions.is_empty() { Choice::None } else { Choice::Auto }),
         Some(Value::String(choice)) if choice == "none" => Ok(Choice::None),
         Some(Value::String(choice)) if !["auto", "required"].contains(&choice.as_str()) => refuse(unknown),
-        // Chats refuse it, as OpenAI's do; responses have it as their default, with tools or without.
-        Some(Value::String(choice)) if form == ToolForm::Flat && choice == "auto" && functions.is_empty() => {
-            Ok(Choice::None)
-        }
         Some(_) if functions.is_empty() => refuse("only allowed with tools"),
         Some(Value::String(choice)) if choice == "auto" => Ok(Choice::Auto),
         Some(Value::String(_)) => Ok(Choice::Required),

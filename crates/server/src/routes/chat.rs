@@ -7,17 +7,16 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 
-use bitfast_llm::Thinking;
-
 use crate::api::chat::{ChatCompletion, ChatFields};
 use crate::api::common::{CommonFields, StreamOptions};
-use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, Reading, ToolFields, ToolForm};
+use crate::chat::{Answers, ChatForm, ChatPrompt, Offer, ToolFields, ToolForm};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::generate::{EventStream, Job, Running};
 use crate::prompts;
 use crate::sse;
 use crate::state::AppState;
+use crate::structured;
 
 /// Answer a conversation.
 #[utoipa::path(
@@ -61,22 +60,15 @@ async fn understand(
     params.max_tokens = Some(fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(open_end));
     params.logprobs = form.logprobs();
     let rank = prompts::rank(headers)?;
-    let formats = &state.formats;
     let tools = ToolFields {
         form: ToolForm::Nested,
         tools: fields.tools.as_deref(),
         tool_choice: fields.tool_choice.as_ref(),
         parallel_tool_calls: fields.parallel_tool_calls,
     };
-    let offer = Offer::new(&tools, formats)?;
-    let ChatPrompt { messages, options, add_special } = ChatPrompt::new(&fields, &offer)?;
-    let most = params.most_prompt_tokens(state.llm.info().max_model_len);
-    let (prompt, text) = prompts::encode_chat(state, bytes, messages, options, add_special, most).await?;
-    let thinking = formats.thinks.then(|| Thinking::after(&text));
-    let demanded = offer.demand(formats, thinking);
-    let asked = crate::structured::asked(&common)?;
-    crate::structured::apply(state, asked, demanded, thinking, &mut params).await?;
-    let reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
-    params.skip_special_tokens &= !reading.needs_special(&state.llm);
+    let offer = Offer::new(&tools, &state.formats)?;
+    let chat = ChatPrompt::new(&fields, &offer)?;
+    let asked = || structured::asked(&common);
+    let (prompt, reading) = chat.ready(state, bytes, &offer, asked, &mut params).await?;
     Ok((form.read_as(reading), stream, Job { prompts: vec![prompt], params, rank }))
 }

@@ -10,7 +10,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use bitfast_llm::{FinishReason, SamplingParams, Thinking};
+use bitfast_llm::{FinishReason, SamplingParams};
 use serde_json::{Map, Value};
 
 use crate::api::common::{CommonFields, Usage};
@@ -18,7 +18,7 @@ use crate::api::responses::{
     Echo, IncompleteDetails, InputDetails, InputForm, OutputDetails, ResponseObject, ResponseUsage,
     ResponsesRequest,
 };
-use crate::chat::{Offer, Reading, ToolFields, ToolForm, render_options};
+use crate::chat::{ChatPrompt, Offer, Reading, ToolFields, ToolForm, render_options};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::generate::{EventStream, Job, Running};
@@ -76,21 +76,16 @@ async fn understand(
         .as_ref()
         .and_then(|r| r.effort.clone())
         .map(|effort| Map::from_iter([("reasoning_effort".to_owned(), Value::String(effort))]));
-    let formats = &state.formats;
-    let offer = Offer::new(&tool_fields(&request), formats)?;
+    let offer = Offer::new(&tool_fields(&request), &state.formats)?;
     let input = std::mem::replace(&mut request.input, InputForm::Text(String::new()));
     let messages = input::conversation(input, request.instructions.as_deref())?;
     let mut form = Form::new(state, &request, &offer, params.logprobs.map(|top| top as usize))?;
     let options = render_options(None, None, kwargs, Some(offer.shown()))?;
-    let most = params.most_prompt_tokens(state.llm.info().max_model_len);
-    let encoded = prompts::encode_chat(state, bytes, messages, options, false, most).await;
-    let (prompt, text) = encoded.map_err(named)?;
-    let thinking = formats.thinks.then(|| Thinking::after(&text));
-    let demanded = offer.demand(formats, thinking);
-    let asked = structured::asked_of_response(request.text.as_ref(), request.structured_outputs.as_ref())?;
-    structured::apply(state, asked, demanded, thinking, &mut params).await?;
-    form.reading = Reading { thinking, tools: offer.reading(formats), one_call: offer.one_call() };
-    params.skip_special_tokens &= !form.reading.needs_special(&state.llm);
+    let chat = ChatPrompt { messages, options, add_special: false };
+    let asked = || structured::asked_of_response(request.text.as_ref(), request.structured_outputs.as_ref());
+    let ready = chat.ready(state, bytes, &offer, asked, &mut params).await;
+    let (prompt, reading) = ready.map_err(named)?;
+    form.reading = reading;
     Ok((form, request.stream.unwrap_or(false), Job { prompts: vec![prompt], params, rank }))
 }
 
@@ -98,7 +93,8 @@ fn tool_fields(request: &ResponsesRequest) -> ToolFields<'_> {
     ToolFields {
         form: ToolForm::Flat,
         tools: request.tools.as_deref(),
-        tool_choice: request.tool_choice.as_ref(),
+        // Which is what an absent choice means, with tools or without: OpenAI's own default.
+        tool_choice: request.tool_choice.as_ref().filter(|choice| *choice != "auto"),
         parallel_tool_calls: request.parallel_tool_calls,
     }
 }
@@ -154,7 +150,7 @@ impl Form {
             incomplete_details: None,
             instructions: request.instructions.clone(),
             max_output_tokens: request.max_output_tokens,
-            metadata: Echo::of(&request.metadata.clone().unwrap_or_default()),
+            metadata: Echo::of(request.metadata.as_ref().unwrap_or(&Map::new())),
             model: state.model_name(request.model.as_deref())?,
             output: Vec::new(),
             parallel_tool_calls: !offer.one_call(),
